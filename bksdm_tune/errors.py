@@ -1,0 +1,13 @@
+"""The two errors a user can cause; the command line turns them into exit codes."""
+
+
+class UsageError(ValueError):
+    """The command was wrong: say what was wrong, what would be right, what to type."""
+
+    exit_code = 2
+
+
+class DataError(ValueError):
+    """The files given were wrong: name every bad one and what to do about it."""
+
+    exit_code = 3

@@ -1,0 +1,233 @@
+"""The Objective protocol and ``fit``: the only training loop.
+
+Randomness is a function of (seed, step, micro-batch): the global generator is seeded before every
+micro-batch and restored after every event, so a resumed run, or one with other preview and
+checkpoint intervals, sees the same noise.  The data position is a function of the step too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
+from bksdm_tune.errors import DataError
+from bksdm_tune.optim import EMA
+
+Losses = dict[str, torch.Tensor]
+Batches = Callable[[int], Iterator[Any]]
+
+
+class Objective(Protocol):
+    """Maps a batch to named scalar losses, one of them ``"loss"``, which is minimised."""
+
+    def __call__(self, batch: Any) -> Losses: ...
+
+
+class Trainable(Protocol):
+    """What trains, and how it is stored."""
+
+    def parameter_groups(self) -> list[dict[str, Any]]: ...
+
+    def save(self, folder: Path) -> None: ...
+
+    def load(self, folder: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something done at step 0, every ``every`` steps, and at the end.  Never changes training."""
+
+    every: int
+    run: Callable[[int], None]
+
+    def due(self, step: int, last: bool) -> bool:
+        return last or step == 0 or (self.every > 0 and step % self.every == 0)
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """``steps`` optimiser steps of ``accumulation`` micro-batches each."""
+
+    steps: int
+    accumulation: int = 1
+    max_grad_norm: float = 1.0
+    seed: int = 0
+    checkpoint_every: int = 500
+    keep: int | None = 1
+    precision: str = "no"  # no, bf16, fp16
+    device: str = "cpu"
+
+
+def shuffled(size: int, batch_size: int, seed: int) -> Batches:
+    """Index batches over ``range(size)``: every epoch its own permutation, resumable anywhere."""
+
+    def batches(start: int) -> Iterator[np.ndarray]:
+        epoch, order = -1, np.empty(0, dtype=np.int64)
+        position = start * batch_size
+        while True:
+            batch = []
+            for _ in range(batch_size):
+                if position // size != epoch:
+                    epoch = position // size
+                    order = np.random.default_rng((seed, epoch)).permutation(size)
+                batch.append(order[position % size])
+                position += 1
+            yield np.array(batch)
+
+    return batches
+
+
+def seed_for(*numbers: int) -> int:
+    """A 63-bit seed from a tuple of integers; unrelated tuples give unrelated streams."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+@contextlib.contextmanager
+def preserved_rng() -> Iterator[None]:
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        yield
+
+
+@contextlib.contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Yield ``interrupted()``; a first Ctrl-C or SIGTERM only sets it, a second one strikes."""
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    seen: list[int] = []
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def note(number: int, _: Any) -> None:
+        seen.append(number)
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+    for s in previous:
+        signal.signal(s, note)
+    try:
+        yield lambda: bool(seen)
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
+
+
+class Log:
+    """``log.jsonl``: one line a step; on resume, lines past the checkpoint are dropped."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        lines = path.read_text().splitlines() if path.is_file() else []
+        kept = []
+        for line in lines:
+            with contextlib.suppress(json.JSONDecodeError):
+                if json.loads(line)["step"] <= step:
+                    kept.append(line)
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+
+    def write(self, **facts: Any) -> None:
+        self.file.write(json.dumps(facts) + "\n")
+
+
+def _autocast(settings: LoopSettings) -> contextlib.AbstractContextManager[Any]:
+    if settings.precision == "no":
+        return contextlib.nullcontext()
+    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float16
+    return torch.autocast(settings.device.split(":")[0], dtype)
+
+
+def fit(
+    objective: Objective,
+    trainable: Trainable,
+    batches: Batches,
+    optimiser: torch.optim.Optimizer,
+    schedule: torch.optim.lr_scheduler.LRScheduler,
+    settings: LoopSettings,
+    folder: Path,
+    ema: EMA | None = None,
+    events: tuple[Event, ...] = (),
+    title: str = "training",
+) -> None:
+    """Train until ``settings.steps``, resuming from the newest checkpoint in ``folder``.
+
+    ``batches(i)`` iterates over micro-batches from number ``i`` on.  The last state is always
+    checkpointed.  After the last step the EMA, if any, is copied into the parameters.
+
+    Raises:
+        DataError: a loss is not finite; the last checkpoint stays.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; the state of the current step was saved first.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.precision == "fp16")
+    stateful = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+    if ema is not None:
+        stateful["ema"] = ema
+    step = 0
+    for step, path in list_checkpoints(folder)[-1:]:
+        trainable.load(path)
+        state = load_tree(path / STATE_FILE)
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
+
+    def checkpoint() -> None:
+        state = {name: part.state_dict() for name, part in stateful.items()}
+        save_checkpoint(folder, step, state, trainable.save, settings.keep)
+
+    first, stream = step, batches(step * settings.accumulation)
+    log = Log(folder / "log.jsonl", step)
+    bar = tqdm(total=settings.steps, initial=step, desc=title, unit="step", disable=None)
+    with deferred_interrupt() as interrupted, contextlib.closing(log.file), bar:
+        while True:
+            last = step == settings.steps
+            if step > first and (last or interrupted() or step % settings.checkpoint_every == 0):
+                checkpoint()
+            if interrupted():
+                raise KeyboardInterrupt
+            for event in events:
+                if event.due(step, last):
+                    with preserved_rng():
+                        event.run(step)
+            if last:
+                break
+
+            started, totals = time.perf_counter(), {}
+            for micro in range(settings.accumulation):
+                torch.manual_seed(seed_for(settings.seed, step, micro))
+                with _autocast(settings):
+                    losses = objective(next(stream))
+                scaler.scale(losses["loss"] / settings.accumulation).backward()
+                for name, value in losses.items():
+                    totals[name] = totals.get(name, 0) + value.detach().float() / settings.accumulation
+            numbers = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
+            if not math.isfinite(numbers["loss"]):
+                raise DataError(
+                    f"The loss became {numbers['loss']} at step {step + 1}; training stopped and "
+                    f"the last good state is kept in {folder}. Try a lower learning rate."
+                )
+            scaler.unscale_(optimiser)
+            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            scaler.step(optimiser)
+            scaler.update()
+            schedule.step()
+            optimiser.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
+            step += 1
+            seconds = time.perf_counter() - started
+            log.write(step=step, seconds=round(seconds, 4), lr=schedule.get_last_lr()[0], **numbers)
+            bar.update()
+            bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+    if ema is not None:
+        ema.copy_to_parameters()

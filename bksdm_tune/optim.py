@@ -1,0 +1,87 @@
+"""Optimisers and schedules by name, each from the library that owns it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+
+from bksdm_tune.errors import UsageError
+
+OptimiserName = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+
+def make_optimiser(
+    name: OptimiserName,
+    groups: list[dict[str, Any]],
+    weight_decay: float = 1e-2,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.Optimizer:
+    """``groups``: dicts with ``params`` and ``lr``.
+
+    Raises:
+        UsageError: the optimiser's library is not installed.
+    """
+    if name == "adamw":
+        fused = all(p.is_floating_point() for group in groups for p in group["params"])
+        return torch.optim.AdamW(groups, betas=betas, weight_decay=weight_decay, fused=fused)
+    if name == "adafactor":
+        from transformers import Adafactor
+
+        return Adafactor(
+            groups, scale_parameter=False, relative_step=False, weight_decay=weight_decay
+        )
+    try:
+        if name == "adamw8bit":
+            from bitsandbytes.optim import AdamW8bit
+
+            return AdamW8bit(groups, betas=betas, weight_decay=weight_decay)
+        from prodigyopt import Prodigy
+
+        return Prodigy(groups, betas=betas, weight_decay=weight_decay)
+    except ImportError as error:
+        extra = "gpu" if name == "adamw8bit" else "prodigy"
+        raise UsageError(
+            f"--optimiser {name} needs a library that does not load here ({error}). "
+            f"Type: pip install 'bksdm-tune[{extra}]', or choose --optimiser adamw."
+        ) from None
+
+
+def make_schedule(
+    name: ScheduleName, optimiser: torch.optim.Optimizer, warmup_steps: int, steps: int
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """Learning-rate schedule counted in optimiser steps, whatever the accumulation."""
+    from diffusers.optimization import get_scheduler
+
+    return get_scheduler(
+        name, optimiser, num_warmup_steps=warmup_steps, num_training_steps=steps
+    )
+
+
+class EMA:
+    """Exponential moving average of parameters, with the usual warm-up of the decay."""
+
+    def __init__(self, parameters: list[torch.nn.Parameter], decay: float) -> None:
+        self.parameters, self.decay, self.updates = parameters, decay, 0
+        self.shadow = [p.detach().clone() for p in parameters]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        torch._foreach_lerp_(self.shadow, [p.detach() for p in self.parameters], 1 - decay)
+
+    @torch.no_grad()
+    def copy_to_parameters(self) -> None:
+        torch._foreach_copy_([p.data for p in self.parameters], self.shadow)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"updates": self.updates, "shadow": self.shadow}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.updates = state["updates"]
+        for mine, saved in zip(self.shadow, state["shadow"], strict=True):
+            mine.copy_(saved)

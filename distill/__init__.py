@@ -1,0 +1,1 @@
+"""Block-removed Stable Diffusion backbones: surgery, distillation objective, training."""

@@ -1,0 +1,1 @@
+"""Stages of pocket pre-training; ``scripts/pretrain_pocket.py`` runs them."""

@@ -1,0 +1,33 @@
+"""Pre-train the pocket family, stage by stage; type the same command again to resume.
+
+    python scripts/pretrain_pocket.py all --photos DIR     (folders of the DreamBooth subjects)
+
+State lies in ``work/pocket`` (git ignores it).  ``pack`` writes ``bksdm_tune/pocket``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+STAGES = ("data", "vae", "clip", "looks", "probe", "unet", "students", "pack", "report")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("stages", nargs="+", choices=("all", *STAGES))
+    parser.add_argument("--work", type=Path, default=Path("work/pocket"))
+    parser.add_argument("--photos", type=Path, help="real photos for the VAE (stage data)")
+    options = parser.parse_args()
+    for stage in STAGES if "all" in options.stages else options.stages:
+        module = importlib.import_module(f"scripts.pocket.{stage}")
+        arguments = (options.photos,) if stage == "data" else ()
+        module.run(options.work, *arguments)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The 30 DreamBooth subjects: names, prompts, photos, illustrated twins."""

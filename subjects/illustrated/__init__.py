@@ -1,0 +1,1 @@
+"""The illustrated world: pictures and captions that the program draws itself."""
