@@ -63,10 +63,10 @@ UNETS: dict[tuple[str, BlockPlan], UNetFacts] = {
     ("v2", SMALL): UNetFacts(485_787_524, 217.99),
     ("v2", TINY): UNetFacts(326_825_604, 205.30),
     ("v2-768", TEACHER): UNetFacts(865_910_724, 760.80),
-    ("pocket", TEACHER): UNetFacts(4_605_988, 0.1869),
-    ("pocket", BASE): UNetFacts(3_014_564, 0.1216),
-    ("pocket", SMALL): UNetFacts(2_754_276, 0.1197),
-    ("pocket", TINY): UNetFacts(2_282_244, 0.1178),
+    ("pocket", TEACHER): UNetFacts(4_949_236, 0.1839),
+    ("pocket", BASE): UNetFacts(3_313_460, 0.1202),
+    ("pocket", SMALL): UNetFacts(2_837_292, 0.1171),
+    ("pocket", TINY): UNetFacts(2_073_012, 0.1133),
 }
 
 
@@ -84,7 +84,7 @@ class Family:
 FAMILIES = {
     "v1": Family(123_060_480, 83_653_863, 303_981_588, 8),
     "v2": Family(340_387_840, 83_653_863, 0, 8),
-    "pocket": Family(0, 1_499_127, 0, 4),
+    "pocket": Family(0, 681_911, 0, 4),
 }
 
 

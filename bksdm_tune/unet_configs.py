@@ -44,7 +44,7 @@ TEACHER_UNETS: dict[str, dict[str, Any]] = {
     "pocket": SD_BLOCKS
     | {
         "sample_size": 16,
-        "block_out_channels": [32, 64, 96, 64],
+        "block_out_channels": [32, 64, 88, 88],
         "attention_head_dim": [2, 4, 4, 4],
         "cross_attention_dim": 96,
         "norm_num_groups": 8,

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import tyro
 
-from bksdm_tune import licences
 from bksdm_tune.artifacts import atomic_folder, write_manifest
-from bksdm_tune.backbones import OPENRAIL_PP_LICENCE, PLANS
+from bksdm_tune.backbones import PLANS
 from bksdm_tune.errors import UsageError
-from bksdm_tune.resolve import INDEX, Parts, hash_weights, read_json, resolve
+from bksdm_tune.pipeline_folder import copy_other_parts, licence_of
+from bksdm_tune.resolve import Parts, hash_weights, resolve
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel
-
-# For the header of a model card.
-HUB_LICENCE_IDS = {
-    licences.OPENRAIL_LICENCE: licences.OPENRAIL_HUB_ID,
-    OPENRAIL_PP_LICENCE: "openrail++",
-    licences.POCKET_LICENCE: "apache-2.0",
-}
-UNUSED_WEIGHTS = shutil.ignore_patterns("*.bin", "*.ckpt", "*.msgpack", "*.fp16.*", "*.non_ema.*")
 
 CARD = """\
 ---
@@ -114,37 +104,16 @@ def load_unet(folder: Path) -> UNet2DConditionModel:
     return UNet2DConditionModel.from_pretrained(folder, torch_dtype=dtype, use_safetensors=True)
 
 
-def copy_other_parts(root: Path, folder: Path) -> None:
-    """Copy every part that the pipeline lists but the U-Net, the licence, and the list itself.
-
-    A listed part that is not there (some downloads leave out the safety checker) is unlisted.
-    """
-    index = read_json(root / INDEX)
-    for name, entry in index.items():
-        if name == "unet" or not isinstance(entry, list):
-            continue
-        if (root / name).is_dir():
-            shutil.copytree(root / name, folder / name, ignore=UNUSED_WEIGHTS)
-        else:
-            index[name] = [None, None]
-    for path in root.glob("LICENSE*"):
-        shutil.copy(path, folder)
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", "utf-8")
-
-
 def card(size: str, parts: Parts, before: int, after: int) -> str:
     """The README of a built folder; an unregistered teacher is taken to be Stable Diffusion's."""
-    row = parts.backbone
-    licence = row.licence if row else licences.OPENRAIL_LICENCE
-    pocket = licence == licences.POCKET_LICENCE
-    stated = licence if row else "not registered with this program, so see where you had it from"
+    licence_id, stated, notice = licence_of(parts)
     return CARD.format(
-        licence_id=HUB_LICENCE_IDS[licence],
+        licence_id=licence_id,
         teacher=parts.name,
         size=size,
         before=before,
         after=after,
-        notice=licences.POCKET_NOTICE if pocket else licences.OPENRAIL_NOTICE,
+        notice=notice,
         licence=stated,
     )
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-STAGES = ("data", "vae", "clip", "looks", "probe", "unet", "students", "pack", "report")
+STAGES = ("data", "vae", "unet", "students", "clip", "looks", "probe", "pack", "report")
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ Leaves in ``<work>/data``: ``train`` and ``heldout`` arrays (``*-images.npy`` ui
 from __future__ import annotations
 
 import json
+import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -27,6 +28,7 @@ HELDOUT_LOOKS = 1_000
 # Real subjects whose photos the VAE never sees; the other ones on disk are its training photos.
 REAL_HELDOUT = ("cat2", "clock", "dog6", "monster_toy", "robot_toy", "teapot", "vase", "berry_bowl")
 MAX_TOKENS = 32
+WORKERS = int(os.environ.get("WORKERS", os.cpu_count() or 1))
 
 
 def draw_look(seed: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
@@ -52,7 +54,7 @@ def draw_look(seed: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
 
 
 def draw(folder: Path, name: str, seeds: range) -> list[list[str]]:
-    with ProcessPoolExecutor() as pool:
+    with ProcessPoolExecutor(WORKERS) as pool:
         drawn = list(pool.map(draw_look, seeds, chunksize=64))
     np.save(folder / f"{name}-images.npy", np.concatenate([images for images, _, _ in drawn]))
     np.save(folder / f"{name}-labels.npy", np.concatenate([labels for _, labels, _ in drawn]))

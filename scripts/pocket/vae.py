@@ -14,12 +14,12 @@ from diffusers import AutoencoderKL
 from bksdm_tune.loop import shuffled
 from scripts.pocket.common import pixels, restore, train
 
-STEPS, WORLD, REAL = 4_000, 12, 12
+STEPS, WORLD, REAL = 1_600, 8, 8
 
 
 def make() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 48, 96),
+        block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         layers_per_block=1,

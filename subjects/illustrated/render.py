@@ -73,20 +73,21 @@ def marking_layer(look: Look, colours: tuple[object, object]) -> Image.Image:
     elif look.marking == "stripes":
         slant, start = rng.uniform(-14, 14), rng.uniform(0, step)
         for y in np.arange(start - 20, SHEET + 20, 1.25 * step):
-            pen.line((0, y - slant, SHEET, y + slant), fill=mark, width=round(step * 0.55))
+            pen.line((0, y - slant, SHEET, y + slant), fill=mark, width=round(step * 0.42))
     elif look.marking == "patches":
-        for _ in range(4):
-            x, y = rng.uniform(0.15, 0.85, 2) * SHEET
-            rx, ry = rng.uniform(0.11, 0.2, 2) * SHEET
+        for x, y in ((0.3, 0.25), (0.7, 0.35), (0.32, 0.68), (0.66, 0.82)):
+            x, y = np.array((x, y)) * SHEET + rng.uniform(-0.08, 0.08, 2) * SHEET
+            rx, ry = rng.uniform(0.08, 0.13, 2) * SHEET
             pen.ellipse((x - rx, y - ry, x + rx, y + ry), fill=mark)
     elif look.marking == "band":
-        y, half = rng.uniform(0.52, 0.68) * SHEET, 0.09 * SHEET
+        y, half = rng.uniform(0.52, 0.68) * SHEET, 0.075 * SHEET
         pen.rectangle((0, y - half, SHEET, y + half), fill=mark)
     elif look.marking == "checks":
-        for gx in range(8):
-            for gy in range(8):
-                if (gx + gy) % 2:
-                    pen.rectangle((gx * 15, gy * 15, gx * 15 + 14, gy * 15 + 14), fill=mark)
+        x0, y0 = rng.uniform(0, 18, 2)
+        for gx in range(-1, 7):
+            for gy in range(-1, 7):
+                x, y = x0 + gx * 18, y0 + gy * 18
+                pen.rectangle((x, y, x + 9, y + 9), fill=mark)
     return layer
 
 

@@ -1,0 +1,189 @@
+"""LoRA adapters: inject, save, load, refuse on another architecture.
+
+The file is diffusers' ``pytorch_lora_weights.safetensors``: U-Net keys ``unet.<path>.lora.down``,
+text-encoder keys with the ``text_model.`` level that transformers 5 dropped, alpha and rank in
+``lora_adapter_metadata`` so that a reload is exact, and our provenance beside it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
+from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import nn
+
+from bksdm_tune.errors import DataError, UsageError
+
+FILE_NAME = "pytorch_lora_weights.safetensors"
+ADAPTER_NAME = "default"
+PROVENANCE = "bksdm_tune"
+TEXT_LEVEL = "text_model."
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What an adapter was made from; stored in the file's metadata."""
+
+    backbone: str
+    architecture: str
+    """Fingerprint of the U-Net's config (bksdm_tune.architecture)."""
+    shape: str
+    """The architecture in words."""
+    trigger: str
+    run: str
+    """Content key of the run, as in its manifest."""
+
+
+def inject(
+    model: Any, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]
+) -> list[nn.Parameter]:
+    """Add a LoRA to a U-Net or text encoder; return its parameters, float32, the only ones trained.
+
+    Raises:
+        UsageError: a target matches no module of the model.
+    """
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    for target in targets:
+        if not any(name == target or name.endswith(f".{target}") for name in names):
+            raise UsageError(
+                f"LoRA target {target!r} matches no linear layer of the {type(model).__name__}. "
+                "Targets are ends of module names, such as to_q to_k to_v to_out.0."
+            )
+    model.requires_grad_(False)
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_dropout=dropout,
+        init_lora_weights="gaussian",
+        target_modules=list(targets),
+    )
+    model.add_adapter(config, adapter_name=ADAPTER_NAME)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for parameter in parameters:
+        parameter.data = parameter.data.float()
+    return parameters
+
+
+@contextmanager
+def switched_off(*models: Any) -> Iterator[None]:
+    """The untuned models, for the time of the block."""
+    for model in models:
+        model.disable_adapters()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.enable_adapters()
+
+
+def _adapter_metadata(prefix: str, model: Any) -> dict[str, Any]:
+    config = model.peft_config[ADAPTER_NAME].to_dict()
+    plain = {
+        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
+    }
+    return {f"{prefix}.{key}": value for key, value in plain.items()}
+
+
+def _state(model: Any) -> dict[str, torch.Tensor]:
+    return convert_state_dict_to_diffusers(get_peft_model_state_dict(model))
+
+
+def save_adapter(path: Path, unet: Any, text_encoder: Any | None, provenance: Provenance) -> None:
+    """Write one file that stock ``load_lora_weights`` reads to the same picture."""
+    tensors = {f"unet.{key}": value for key, value in _state(unet).items()}
+    adapter = _adapter_metadata("unet", unet)
+    if text_encoder is not None:
+        for key, value in _state(text_encoder).items():
+            tensors[f"text_encoder.{TEXT_LEVEL}{key.removeprefix(TEXT_LEVEL)}"] = value
+        adapter |= _adapter_metadata("text_encoder", text_encoder)
+    metadata = {
+        "format": "pt",
+        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True, default=str),
+        PROVENANCE: json.dumps(asdict(provenance), sort_keys=True),
+    }
+    contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+    path.write_bytes(canonical(save(contiguous, metadata)))
+
+
+def canonical(data: bytes) -> bytes:
+    """The same safetensors file with a sorted header: equal content gives equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    metadata = header.pop("__metadata__", {})
+    ordered = {"__metadata__": dict(sorted(metadata.items()))} | dict(sorted(header.items()))
+    text = json.dumps(ordered, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def load_adapter(path: Path, unet: Any, text_encoder: Any | None) -> None:
+    """Put a saved adapter's weights into models that were injected with the same settings."""
+    tensors, _ = read_adapter(path)
+    parts = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder is not None else {})
+    for prefix, model in parts.items():
+        own = {
+            key.removeprefix(f"{prefix}."): value
+            for key, value in tensors.items()
+            if key.startswith(f"{prefix}.")
+        }
+        if prefix == "unet":
+            own = convert_unet_state_dict_to_peft(own)
+        else:
+            own = convert_state_dict_to_peft(own)
+            if not hasattr(model, "text_model"):
+                own = {key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
+        result = set_peft_model_state_dict(model, own, adapter_name=ADAPTER_NAME)
+        assert not result.unexpected_keys, result.unexpected_keys
+
+
+def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Tensors and metadata of an adapter file.
+
+    Raises:
+        DataError: it is missing, truncated, not safetensors, or holds no LoRA.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}") from None
+    if not any("lora" in key for key in tensors):
+        raise DataError(f"{path} holds no LoRA weights.")
+    return tensors, metadata
+
+
+def read_provenance(path: Path) -> Provenance | None:
+    """Our provenance record, or None for a file made by another tool."""
+    _, metadata = read_adapter(path)
+    if PROVENANCE not in metadata:
+        return None
+    return Provenance(**json.loads(metadata[PROVENANCE]))
+
+
+def check_architecture(path: Path, fingerprint: str, shape: str) -> Provenance | None:
+    """Refuse an adapter that was trained on another architecture than ``fingerprint``.
+
+    Such a file often loads without a word, half of it into the wrong layers.
+
+    Raises:
+        DataError: it was made for another architecture.
+    """
+    made_from = read_provenance(path)
+    if made_from is not None and made_from.architecture != fingerprint:
+        raise DataError(
+            f"{path} was trained on {made_from.backbone} ({made_from.shape}); the backbone here is "
+            f"{shape}. Its layers would land in the wrong places. "
+            f"Use it with --backbone {made_from.backbone}."
+        )
+    return made_from

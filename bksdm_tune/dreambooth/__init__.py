@@ -1,0 +1,1 @@
+"""DreamBooth: teach a backbone one subject from a few photos."""

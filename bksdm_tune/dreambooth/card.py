@@ -1,0 +1,99 @@
+"""The README.md of a run: what it is, how to use it, how it was made, under which licence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bksdm_tune.backbones import EMBEDDED
+from bksdm_tune.dreambooth.job import Job
+from bksdm_tune.pipeline_folder import licence_of
+
+LORA_USAGE = """\
+pipe = StableDiffusionPipeline.from_pretrained("{base}")
+pipe.load_lora_weights("THIS FOLDER")"""
+FULL_USAGE = 'pipe = StableDiffusionPipeline.from_pretrained("THIS FOLDER")'
+
+CARD = """\
+---
+license: {licence_id}
+library_name: diffusers
+pipeline_tag: text-to-image
+base_model: {base}
+instance_prompt: {instance}
+tags: [dreambooth, bk-sdm, {method}]
+widget:
+- text: {widget}
+---
+# {trigger}: DreamBooth ({method}) on {backbone}
+
+![Photos, and the same prompts and seeds before and after tuning](contact-sheet.png)
+
+Write `{trigger}` where the subject should be. With this program:
+
+    bksdm-tune generate THIS-FOLDER --prompt "a {{subject}} in the snow" --n 4 --seed 0
+
+With diffusers (`bksdm-tune backbones` says where an embedded backbone lies):
+
+```python
+from diffusers import StableDiffusionPipeline
+{usage}
+picture = pipe("{widget}").images[0]
+```
+
+The backbone is {backbone}, a {shape}. {adapter_note}
+
+## How it was made
+
+| | |
+|---|---|
+| photos | {photos} |
+| instance prompt, class prompt | {instance}; {class_prompt} |
+| steps, batch, learning rate | {steps}, {batch}, {rate:g} |
+| prior preservation | {prior}, weight {weight:g} |
+| text encoder | {text} |
+| trained parameters | {parameters:,} |
+| seconds, peak memory | {seconds:.0f} s, {memory:.2f} GB |
+
+`config.toml` reproduces it: `bksdm-tune dreambooth --config config.toml --out NEW-FOLDER`.
+
+## Licence
+
+Licence: {licence}.
+
+{notice}
+"""
+
+
+def card(job: Job, results: dict[str, Any]) -> str:
+    config = job.config
+    licence_id, licence, notice = licence_of(job.parts)
+    row = job.parts.backbone
+    embedded = row is not None and row.source == EMBEDDED
+    base = job.parts.name if row is None or embedded else row.source
+    usage = LORA_USAGE.format(base=f"FOLDER OF {base}" if embedded else base) if config.model.lora else FULL_USAGE
+    note = "An adapter for one architecture lands in wrong layers on another; use it on this one."
+    return CARD.format(
+        licence_id=licence_id,
+        licence=licence,
+        notice=notice,
+        base=base,
+        usage=usage,
+        method=job.method,
+        trigger=job.trigger,
+        backbone=job.parts.name,
+        shape=results["shape"],
+        adapter_note=note if config.model.lora else "",
+        instance=job.instance_prompt,
+        class_prompt=job.class_prompt,
+        widget=job.preview_prompts[0].replace("{subject}", job.trigger),
+        photos=f"{len(job.photos.photos)}: {job.photo_source}",
+        steps=config.training.steps,
+        batch=config.training.batch_size,
+        rate=config.training.learning_rate,
+        prior=config.prior.prior,
+        weight=config.prior.prior_weight,
+        text="trained" if config.training.train_text_encoder else "frozen",
+        parameters=results["trained_parameters"],
+        seconds=results["seconds"],
+        memory=results["peak_memory_gb"],
+    )

@@ -1,0 +1,173 @@
+"""Run a job: prior, caches, loop, pictures, card; the manifest last."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bksdm_tune import architecture
+from bksdm_tune.artifacts import MANIFEST, locked, write_manifest
+from bksdm_tune.dreambooth import pictures
+from bksdm_tune.dreambooth.card import card
+from bksdm_tune.dreambooth.job import KINDS, Job, claim
+from bksdm_tune.dreambooth.learner import Learner, build, precision
+from bksdm_tune.dreambooth.trainables import FullWeights
+from bksdm_tune.errors import DataError
+from bksdm_tune.loop import Event, LoopSettings, fit
+from bksdm_tune.memory import peak_memory_gb
+from bksdm_tune.optim import EMA, make_optimiser, make_schedule
+from bksdm_tune.pipeline_folder import copy_other_parts
+from bksdm_tune.resolve import unet_config
+
+
+def train(job: Job) -> bool:
+    """Run or resume; False if the run was finished already.
+
+    Raises:
+        UsageError: another process or another run holds the folder.
+        DataError: the loss is not finite.
+    """
+    with locked(job.folder):
+        if claim(job):
+            return False
+        started = time.perf_counter()
+        learner = load(job)
+        optimise(job, learner)
+        finish(job, learner, time.perf_counter() - started)
+    return True
+
+
+def load(job: Job) -> Learner:
+    images = job.config.prior.prior == "images"
+    paths, hashes = pictures.class_images(job) if images else ([], [])
+    prompts = ["", *(shot.prompt for shot in pictures.preview_shots(job))]
+    return build(job, paths, hashes, prompts)
+
+
+def optimise(job: Job, learner: Learner) -> None:
+    training, output = job.config.training, job.config.output
+    assert training.steps and output.checkpoint_every
+    optimiser = make_optimiser(
+        training.optimiser, learner.trainable.parameter_groups(), training.weight_decay
+    )
+    schedule = make_schedule(
+        training.lr_scheduler, optimiser, training.lr_warmup_steps, training.steps
+    )
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+
+    def preview(step: int) -> None:
+        if step < training.steps or training.ema is None:
+            draw_preview(job, learner, step)
+
+    fit(
+        learner.objective,
+        learner.trainable,
+        learner.batches,
+        optimiser,
+        schedule,
+        LoopSettings(
+            steps=training.steps,
+            accumulation=training.accumulation,
+            max_grad_norm=training.max_grad_norm,
+            seed=training.seed,
+            checkpoint_every=output.checkpoint_every,
+            keep=output.keep,
+            precision=precision(job),
+            device=job.device,
+        ),
+        job.folder,
+        EMA(parameters, training.ema) if training.ema else None,
+        (Event(output.preview_every, preview),),
+        title=job.folder.name,
+    )
+    if training.ema is not None:  # only now are the averaged weights in the models
+        draw_preview(job, learner, training.steps)
+
+
+def draw_preview(job: Job, learner: Learner, step: int) -> None:
+    count = len(pictures.preview_shots(job))
+    if step == 0 and all(pictures.sample_path(job, 0, i).is_file() for i in range(count)):
+        return
+    pictures.preview(job, step, learner.unet, learner.text_encoder, learner.embeds)
+
+
+def finish(job: Job, learner: Learner, seconds: float) -> None:
+    """Write what diffusers loads, the pictures and the card; the manifest last."""
+    folder = job.folder
+    save_result(job, learner)
+    trained = sum(p.numel() for g in learner.trainable.parameter_groups() for p in g["params"])
+    config = unet_config(job.parts)
+    results: dict[str, Any] = {
+        "steps": job.config.training.steps,
+        "run": job.key,
+        "trigger": job.trigger,
+        "shape": architecture.describe(config),
+        "trained_parameters": trained,
+        "seconds": round(seconds, 2),
+        "peak_memory_gb": round(peak_memory_gb(job.device), 3),
+    }
+    pictures.write_contact_sheet(job)
+    (folder / "README.md").write_text(card(job, results), "utf-8")
+    backbone = {
+        "ref": job.parts.ref,
+        "base": job.parts.base,
+        "name": job.parts.name,
+        "architecture": architecture.fingerprint(config),
+        **job.facts["backbone"],
+    }
+    parents = {
+        "backbone": backbone,
+        "photos": {photo.path.name: photo.sha256 for photo in job.photos.photos},
+        "photo_source": job.photo_source,
+    }
+    plain = json.loads(json.dumps(asdict(job.config), default=str))
+    write_manifest(folder, KINDS[job.config.model.lora], plain, parents, results)
+    assert (folder / MANIFEST).is_file()
+
+
+def save_result(job: Job, learner: Learner) -> None:
+    if not isinstance(learner.trainable, FullWeights):
+        learner.trainable.save(job.folder)
+        return
+    own = tuple(learner.trainable.parts())
+    copy_other_parts(job.parts.root, job.folder, own)
+    learner.trainable.save(job.folder)
+
+
+def dry_run(job: Job) -> str:
+    """Load everything, take two real steps, and say time, memory and disk; leaves no run folder."""
+    learner = load(job)
+    training = job.config.training
+    optimiser = make_optimiser(training.optimiser, learner.trainable.parameter_groups())
+    seconds = []
+    for batch, _ in zip(learner.batches(0), range(2), strict=False):
+        started = time.perf_counter()
+        loss = learner.objective(batch)["loss"]
+        if not loss.isfinite():
+            raise DataError(f"The loss is {loss.item()} on the first step.")
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        seconds.append(time.perf_counter() - started)
+    assert training.steps
+    step = min(seconds) * training.accumulation
+    weights = sum(
+        p.numel() for g in learner.trainable.parameter_groups() for p in g["params"]
+    )  # float32: weights, and two moments in each checkpoint
+    disk = 4 * weights * (1 + 3 * job.config.output.keep)
+    free = shutil.disk_usage(existing_parent(job.folder)).free
+    return (
+        f"Dry run: {step:.3f} s a step, {training.steps} steps in {step * training.steps / 60:.1f} "
+        f"min (pictures come on top); peak memory {peak_memory_gb(job.device):.2f} GB; "
+        f"{weights:,} parameters train; the run folder needs about {disk / 1e9:.2f} GB "
+        f"({free / 1e9:.0f} GB are free). Nothing was written into {job.folder}."
+    )
+
+
+def existing_parent(path: Path) -> Path:
+    path = path.absolute()
+    return path if path.exists() else existing_parent(path.parent)

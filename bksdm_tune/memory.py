@@ -1,0 +1,16 @@
+"""Peak memory of this process: of the accelerator where there is one, else of the machine."""
+
+from __future__ import annotations
+
+import resource
+import sys
+
+import torch
+
+
+def peak_memory_gb(device: str) -> float:
+    """GB (1e9 bytes) since the process began."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

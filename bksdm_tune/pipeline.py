@@ -1,0 +1,151 @@
+"""From parts on disk to pictures: load, draw with one seed per picture, keep the settings in PNGs."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from tqdm import tqdm
+
+from bksdm_tune import adapters, architecture
+from bksdm_tune.errors import UsageError
+from bksdm_tune.resolve import Parts, unet_config
+
+# diffusers warns about the safety checker that small and compressed pipelines do not ship.
+logging.getLogger("diffusers").setLevel(logging.ERROR)
+
+
+@dataclass(frozen=True)
+class Shot:
+    """Everything that decides one picture, beside the model."""
+
+    prompt: str
+    seed: int
+    steps: int = 25
+    guidance_scale: float = 7.5
+    negative_prompt: str = ""
+
+
+def best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def load_part(parts: Parts, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """One component of the pipeline (unet, vae, text_encoder, tokenizer, scheduler)."""
+    if name == "unet":
+        from diffusers import UNet2DConditionModel
+
+        return UNet2DConditionModel.from_pretrained(parts.unet, torch_dtype=dtype).eval()
+    index = json.loads((parts.root / "model_index.json").read_text())
+    library, class_name = index[name]
+    owner = __import__(library)
+    loader = getattr(owner, class_name)
+    if name in ("tokenizer", "scheduler"):
+        return loader.from_pretrained(parts.root / name)
+    return loader.from_pretrained(parts.root / name, torch_dtype=dtype).eval()
+
+
+def assemble(unet: Any, vae: Any, scheduler: Any, text: tuple[Any, Any] = (None, None)) -> Any:
+    """A pipeline around loaded parts; ``text`` is (tokenizer, text encoder)."""
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=text[1],
+        tokenizer=text[0],
+        unet=unet,
+        scheduler=scheduler,
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def load_pipeline(parts: Parts, device: str | None = None) -> Any:
+    """The whole pipeline on a device, in float32 on a CPU and float16 elsewhere, adapter included.
+
+    Raises:
+        DataError: the adapter belongs to another architecture.
+    """
+    device = device or best_device()
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    config = unet_config(parts)
+    if parts.adapter is not None:
+        adapters.check_architecture(
+            parts.adapter, architecture.fingerprint(config), architecture.describe(config)
+        )
+    unet, vae, text_encoder = (load_part(parts, p, dtype) for p in ("unet", "vae", "text_encoder"))
+    text = (load_part(parts, "tokenizer"), text_encoder)
+    pipe = assemble(unet, vae, load_part(parts, "scheduler"), text).to(device)
+    if parts.adapter is not None:
+        pipe.load_lora_weights(parts.adapter.parent, weight_name=parts.adapter.name)
+    return pipe
+
+
+@torch.inference_mode()
+def draw(
+    pipe: Any,
+    shots: Sequence[Shot],
+    batch_size: int = 8,
+    size: int | None = None,
+    title: str = "drawing",
+    embeds: dict[str, torch.Tensor] | None = None,
+) -> list[Image.Image]:
+    """One RGB picture a shot, in order.
+
+    Each shot has its own generator on the CPU, so neither batch size nor device changes the noise.
+    ``embeds`` replaces the text encoder: prompt -> (1, tokens, width), '' for no prompt.
+    """
+    settings = {(shot.steps, shot.guidance_scale) for shot in shots}
+    if len(settings) > 1:
+        raise UsageError("Pictures drawn together need the same steps and guidance scale.")
+    pictures: list[Image.Image] = []
+    with tqdm(total=len(shots), desc=title, unit="img", disable=None) as bar:
+        for start in range(0, len(shots), batch_size):
+            batch = shots[start : start + batch_size]
+            text: dict[str, Any] = {
+                "prompt": [shot.prompt for shot in batch],
+                "negative_prompt": [shot.negative_prompt for shot in batch],
+            }
+            if embeds is not None:
+                text = {
+                    "prompt_embeds": torch.cat([embeds[shot.prompt] for shot in batch]),
+                    "negative_prompt_embeds": torch.cat(
+                        [embeds[shot.negative_prompt] for shot in batch]
+                    ),
+                }
+            pictures += pipe(
+                **text,
+                num_inference_steps=batch[0].steps,
+                guidance_scale=batch[0].guidance_scale,
+                generator=[torch.Generator().manual_seed(shot.seed) for shot in batch],
+                height=size,
+                width=size,
+            ).images
+            bar.update(len(batch))
+    return pictures
+
+
+def expand(shot: Shot, count: int) -> list[Shot]:
+    """``count`` shots with consecutive seeds."""
+    return [replace(shot, seed=shot.seed + i) for i in range(count)]
+
+
+def save_png(path: Path, image: Image.Image, shot: Shot, **facts: str) -> None:
+    """PNG with its settings in text chunks: ``prompt``, ``seed``, ... and ``bksdm_tune`` as JSON."""
+    info = PngInfo()
+    settings = asdict(shot) | facts
+    for key, value in settings.items():
+        info.add_text(key, str(value))
+    info.add_text("bksdm_tune", json.dumps(settings, sort_keys=True))
+    image.save(path, pnginfo=info)
