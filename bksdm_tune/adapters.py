@@ -62,7 +62,7 @@ def inject(
     model.requires_grad_(False)
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]
+        lora_alpha=alpha,
         lora_dropout=dropout,
         init_lora_weights="gaussian",
         target_modules=list(targets),

@@ -24,19 +24,16 @@ STATE_FILE = "training_state.safetensors"
 Tensors = dict[str, torch.Tensor]
 
 
-def split_tree(tree: Any, tensors: Tensors, path: str = "") -> Any:
+def split_tree(tree: Any, tensors: Tensors) -> Any:
     """Replace each tensor in nested dicts and lists by a reference; collect it in ``tensors``."""
     if isinstance(tree, torch.Tensor):
-        tensors[path] = tree.detach().contiguous().clone()
-        return {"__tensor__": path}
+        name = str(len(tensors))  # a path of keys would not be unique: 1 and "1", "a.b"
+        tensors[name] = tree.detach().contiguous().clone()
+        return {"__tensor__": name}
     if isinstance(tree, dict):
-        pairs = [
-            [key, split_tree(value, tensors, f"{path}.{key}" if path else str(key))]
-            for key, value in tree.items()
-        ]
-        return {"__dict__": pairs}
+        return {"__dict__": [[key, split_tree(value, tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        return [split_tree(value, tensors, f"{path}.{i}") for i, value in enumerate(tree)]
+        return [split_tree(value, tensors) for value in tree]
     return tree
 
 

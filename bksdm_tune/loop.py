@@ -166,20 +166,26 @@ def fit(
     checkpointed.  After the last step the EMA, if any, is copied into the parameters.
 
     Raises:
-        DataError: a loss is not finite; the last checkpoint stays.
+        DataError: a loss or gradient is not finite (fp16's scaler skips the latter's step); the
+            last checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state of the current step was saved first.
     """
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    scaler = torch.amp.GradScaler(settings.device.split(":")[0], enabled=settings.precision == "fp16")
-    stateful = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
+    scaler = torch.amp.GradScaler(
+        settings.device.split(":")[0], enabled=settings.precision == "fp16"
+    )
+    stateful: dict[str, Any] = {"optimiser": optimiser, "schedule": schedule, "scaler": scaler}
     if ema is not None:
         stateful["ema"] = ema
     step = 0
-    for step, path in list_checkpoints(folder)[-1:]:
+    if found := list_checkpoints(folder):
+        step, path = found[-1]
         trainable.load(path)
         state = load_tree(path / STATE_FILE)
         for name, part in stateful.items():
             part.load_state_dict(state[name])
+
+    assert step <= settings.steps, f"{folder} is past step {settings.steps}"
 
     def checkpoint() -> None:
         state = {name: part.state_dict() for name, part in stateful.items()}
@@ -202,22 +208,27 @@ def fit(
             if last:
                 break
 
-            started, totals = time.perf_counter(), {}
+            started, totals = time.perf_counter(), dict[str, torch.Tensor]()
             for micro in range(settings.accumulation):
                 torch.manual_seed(seed_for(settings.seed, step, micro))
                 with _autocast(settings):
                     losses = objective(next(stream))
                 scaler.scale(losses["loss"] / settings.accumulation).backward()
                 for name, value in losses.items():
-                    totals[name] = totals.get(name, 0) + value.detach().float() / settings.accumulation
-            numbers = dict(zip(totals, torch.stack(list(totals.values())).tolist(), strict=True))
-            if not math.isfinite(numbers["loss"]):
-                raise DataError(
-                    f"The loss became {numbers['loss']} at step {step + 1}; training stopped and "
-                    f"the last good state is kept in {folder}. Try a lower learning rate."
-                )
+                    share = value.detach().float() / settings.accumulation
+                    totals[name] = totals[name] + share if name in totals else share
             scaler.unscale_(optimiser)
-            torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            *values, length = torch.stack([*totals.values(), norm]).tolist()  # one wait a step
+            numbers = dict(zip(totals, values, strict=True))
+            if not (
+                math.isfinite(numbers["loss"]) and (scaler.is_enabled() or math.isfinite(length))
+            ):
+                raise DataError(
+                    f"The loss became {numbers['loss']} and its gradient's norm {length} at step "
+                    f"{step + 1}; training stopped before that step and the last good state is "
+                    f"kept in {folder}. Try a lower learning rate."
+                )
             scaler.step(optimiser)
             scaler.update()
             schedule.step()

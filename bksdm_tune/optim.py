@@ -32,7 +32,11 @@ def make_optimiser(
         from transformers import Adafactor
 
         return Adafactor(
-            groups, scale_parameter=False, relative_step=False, weight_decay=weight_decay
+            groups,
+            lr=groups[0]["lr"],  # the polynomial schedule reads it
+            scale_parameter=False,
+            relative_step=False,
+            weight_decay=weight_decay,
         )
     try:
         if name == "adamw8bit":
@@ -56,9 +60,7 @@ def make_schedule(
     """Learning-rate schedule counted in optimiser steps, whatever the accumulation."""
     from diffusers.optimization import get_scheduler
 
-    return get_scheduler(
-        name, optimiser, num_warmup_steps=warmup_steps, num_training_steps=steps
-    )
+    return get_scheduler(name, optimiser, num_warmup_steps=warmup_steps, num_training_steps=steps)
 
 
 class EMA:

@@ -14,6 +14,7 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from bksdm_tune import adapters, architecture
 from bksdm_tune.errors import UsageError
@@ -21,6 +22,7 @@ from bksdm_tune.resolve import Parts, unet_config
 
 # diffusers warns about the safety checker that small and compressed pipelines do not ship.
 logging.getLogger("diffusers").setLevel(logging.ERROR)
+disable_progress_bar()  # transformers' own, one for each part that loads
 
 
 @dataclass(frozen=True)

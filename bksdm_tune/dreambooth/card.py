@@ -40,7 +40,7 @@ from diffusers import StableDiffusionPipeline
 picture = pipe("{widget}").images[0]
 ```
 
-The backbone is {backbone}, a {shape}. {adapter_note}
+The backbone is {backbone}: {shape}. {adapter_note}
 
 ## How it was made
 
@@ -85,7 +85,7 @@ def card(job: Job, results: dict[str, Any]) -> str:
         adapter_note=note if config.model.lora else "",
         instance=job.instance_prompt,
         class_prompt=job.class_prompt,
-        widget=job.preview_prompts[0].replace("{subject}", job.trigger),
+        widget=f"a {job.trigger} in the snow",
         photos=f"{len(job.photos.photos)}: {job.photo_source}",
         steps=config.training.steps,
         batch=config.training.batch_size,

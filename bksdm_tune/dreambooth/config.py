@@ -101,8 +101,8 @@ class Training:
     """Less memory, about a third more time."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention backend."""
-    train_text_encoder: bool | None = None
-    """Train the text encoder too."""
+    train_text_encoder: bool = False
+    """Train the text encoder too; --recipe bksdm does."""
     min_snr_gamma: float | None = None
     """Min-SNR loss weights; 5 is usual. Default: none."""
     offset_noise: float = 0.0
@@ -183,7 +183,8 @@ class Output:
     keep: Annotated[int, arg(aliases=("--checkpoints-total-limit",))] = 2
     """Checkpoints to keep."""
     preview_prompts: tuple[str, ...] | None = None
-    """Prompts with {subject}, drawn before and after tuning; default: four of the subject's."""
+    """Prompts with {subject}, drawn before and after tuning; default: four of the subject's; without any
+    word after the flag: none."""
     preview_every: int = 0
     """Also draw them every so many steps; 0 is not."""
     preview_images: int = 2

@@ -70,6 +70,7 @@ def prepare(config: Config, device: str) -> Job:
     Raises:
         UsageError, DataError: one report of what is wrong, before any weights load.
     """
+    noun = class_noun(config)
     ref = config.model.backbone or default_backbone(device)
     parts = resolve(ref, config.model.base)
     if parts.adapter is not None:
@@ -83,8 +84,8 @@ def prepare(config: Config, device: str) -> Job:
     check_resolution(config, parts)
     folder, source = photo_folder(config, resolution)
     photos = read_photos(folder, minimum_side=(config.training.resolution or resolution) // 2)
-    noun = class_noun(config)
     prompts = config.prompts
+    previews = config.output.preview_prompts
     instance = prompts.instance_prompt or fill("a {0} {1}", prompts.identifier, noun)
     facts = {
         "config": _identity(config),
@@ -107,7 +108,7 @@ def prepare(config: Config, device: str) -> Job:
         class_noun=noun,
         instance_prompt=instance,
         class_prompt=prompts.class_prompt or fill("a {0} {1}", "", noun),
-        preview_prompts=config.output.preview_prompts or default_previews(noun),
+        preview_prompts=default_previews(noun) if previews is None else previews,
         device=device,
         folder=config.output.out or default_folder(config, parts),
         facts=facts,

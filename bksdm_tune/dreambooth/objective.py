@@ -23,11 +23,11 @@ Batch = tuple[Tensor, Tensor | None]
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """Objective over batches of latent moments: instance (N, 2, C, h, w), and class images' or None.
+    """Objective over batches of latent moments (N, 2, C, h, w): instance, class images or None.
 
     ``conditions()`` gives the instance and class prompt embeddings, each (1, tokens, width), with
-    gradients if the text encoder trains.  ``untuned(noisy, timesteps, count)`` is eps_0 under the
-    class prompt, needed for prior prediction.
+    gradients if the text encoder trains.  ``untuned(noisy, timesteps, kind)`` is eps_0 under the
+    class prompt, without gradients, for prior prediction; None without.
     """
 
     unet: Any
@@ -51,7 +51,9 @@ class DreamBooth:
         predicted = self.unet(noisy, timesteps, torch.cat(prompts)).sample
         return self.weigh(predicted, target, timesteps, len(instance))
 
-    def weigh(self, predicted: Tensor, target: Tensor, timesteps: Tensor, n: int) -> dict[str, Tensor]:
+    def weigh(
+        self, predicted: Tensor, target: Tensor, timesteps: Tensor, n: int
+    ) -> dict[str, Tensor]:
         """Losses from predictions whose first ``n`` rows are instances, the others the prior's."""
         errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
         if self.min_snr_gamma is not None:

@@ -114,6 +114,7 @@ def write_contact_sheet(job: Job) -> None:
             for number in range(count * len(job.preview_prompts))
         ]
         prompts = "   |   ".join(job.preview_prompts)
-        rows.append((f"{label}: {prompts}", images))
+        if images:
+            rows.append((f"{label}: {prompts}", images))
     title = f"{job.trigger}: {job.parts.name}, {job.method}, {steps} steps"
     contact_sheet(job.folder / "contact-sheet.png", title, rows)

@@ -7,7 +7,7 @@ pocket family (docs/dreambooth.md has the measurements).
 
 from __future__ import annotations
 
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import fields, replace
 from typing import Any
 
 from bksdm_tune.dreambooth.config import Config
@@ -32,7 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "prior":                ("images",             "prediction",         "prediction"),
     "class_images":         (200,                  200,                  64),
     "checkpoint_every":     (200,                  200,                  100),
-}  # type: ignore[dict-item]
+}
 # fmt: on
 COLUMNS = ("bksdm", "full-size", "miniature")
 MINIATURE_PIXELS = 128
@@ -60,15 +60,16 @@ def filled(config: Config, name: str, method: str, resolution: int) -> Config:
     """``config`` with every unset flag that the recipe knows set; the resolution falls back on
     the backbone's own, the text encoder's learning rate on the U-Net's."""
     values = recipe(name, method) | {"resolution": resolution}
-    groups = {}
+    groups: dict[str, Any] = {}
     for group_field in fields(config):
         group = getattr(config, group_field.name)
-        assert is_dataclass(group)
         unset = [f.name for f in fields(group) if getattr(group, f.name) is None]
         changes = {field_name: values[field_name] for field_name in unset if field_name in values}
-        groups[group_field.name] = replace(group, **changes)  # type: ignore[type-var]
+        groups[group_field.name] = replace(group, **changes)
     training = groups["training"]
-    if training.text_encoder_lr is None:  # type: ignore[attr-defined]
-        rate = training.learning_rate  # type: ignore[attr-defined]
-        groups["training"] = replace(training, text_encoder_lr=rate)  # type: ignore[call-arg,type-var]
-    return replace(config, **groups)  # type: ignore[arg-type]
+    groups["training"] = replace(
+        training,
+        train_text_encoder=training.train_text_encoder or values["train_text_encoder"],
+        text_encoder_lr=training.text_encoder_lr or training.learning_rate,
+    )
+    return replace(config, **groups)

@@ -90,7 +90,7 @@ def optimise(job: Job, learner: Learner) -> None:
 
 def draw_preview(job: Job, learner: Learner, step: int) -> None:
     count = len(pictures.preview_shots(job))
-    if step == 0 and all(pictures.sample_path(job, 0, i).is_file() for i in range(count)):
+    if count == 0 or step == 0 and all(pictures.sample_path(job, 0, i).is_file() for i in range(count)):
         return
     pictures.preview(job, step, learner.unet, learner.text_encoder, learner.embeds)
 

@@ -50,7 +50,7 @@ def rainbow_scarf(s: Sketch) -> tuple[Shape, ...]:
         ("box", (0.56, y + 0.1 + 0.05 * i, 0.68, y + 0.15 + 0.05 * i), c)
         for i, c in enumerate(colours)
     ]
-    return (*wrap, *tail)  # type: ignore[return-value]
+    return (*wrap, *tail)
 
 
 def top_hat_and_monocle(s: Sketch) -> tuple[Shape, ...]:
@@ -61,7 +61,12 @@ def top_hat_and_monocle(s: Sketch) -> tuple[Shape, ...]:
 def chef(s: Sketch) -> tuple[Shape, ...]:
     x, y, w = s.head
     puffs = tuple(("oval", (x + d * w * 0.7, y - 0.08, 0.1, 0.09), WHITE) for d in (-1, 0, 1))
-    return (*_shirt(s, WHITE), *_buttons(s, INK), *puffs, ("box", (x - w * 0.9, y - 0.06, x + w * 0.9, y + 0.06), WHITE))  # fmt: skip
+    return (
+        *_shirt(s, WHITE),
+        *_buttons(s, INK),
+        *puffs,
+        ("box", (x - w * 0.9, y - 0.06, x + w * 0.9, y + 0.06), WHITE),
+    )
 
 
 def firefighter(s: Sketch) -> tuple[Shape, ...]:
@@ -72,7 +77,12 @@ def firefighter(s: Sketch) -> tuple[Shape, ...]:
 
 def police(s: Sketch) -> tuple[Shape, ...]:
     star = ("oval", (0.6, s.neck + 0.14, 0.05, 0.05), (250, 210, 60))
-    return (*_shirt(s, (24, 40, 110)), star, *_cap(s, (24, 40, 110), 0.1), ("oval", (s.head[0], s.head[1] - 0.02, 0.045, 0.045), (250, 210, 60)))  # fmt: skip
+    return (
+        *_shirt(s, (24, 40, 110)),
+        star,
+        *_cap(s, (24, 40, 110), 0.1),
+        ("oval", (s.head[0], s.head[1] - 0.02, 0.045, 0.045), (250, 210, 60)),
+    )
 
 
 def pink_glasses(s: Sketch) -> tuple[Shape, ...]:
@@ -90,7 +100,10 @@ def wizard(s: Sketch) -> tuple[Shape, ...]:
     x, y, w = s.head
     purple = (112, 40, 170)
     hat = ("poly", (x - w * 1.2, y + 0.07, x + w * 1.2, y + 0.07, x + 0.03, y - 0.24), purple)
-    stars = tuple(("oval", (sx, sy, 0.03, 0.03), (252, 226, 80)) for sx, sy in ((x, y), (0.4, 0.7), (0.58, 0.8)))  # fmt: skip
+    stars = tuple(
+        ("oval", (sx, sy, 0.03, 0.03), (252, 226, 80))
+        for sx, sy in ((x, y), (0.4, 0.7), (0.58, 0.8))
+    )
     return (*_shirt(s, purple), hat, *stars)
 
 

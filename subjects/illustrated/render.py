@@ -12,6 +12,7 @@ from subjects.illustrated.looks import COLOURS, Look
 from subjects.illustrated.scenes import LIQUID, SCENES, SIZE
 from subjects.illustrated.sketches import INK, SKETCHES, Shape, Sketch
 
+Fill = int | str | tuple[int, ...]
 Pose = tuple[float, float, float]  # x0, y0, pixels per unit
 SHEET = 112  # the subject is drawn upright on a sheet of this many pixels
 
@@ -40,7 +41,7 @@ def _numbers(shape: Shape, pose: Pose, width: float, height: float) -> list[floa
 
 
 def draw_shape(
-    pen: ImageDraw.ImageDraw, shape: Shape, pose: Pose, fill: object, width: float, height: float
+    pen: ImageDraw.ImageDraw, shape: Shape, pose: Pose, fill: Fill, width: float, height: float
 ) -> None:
     form, numbers, _ = shape
     xy = _numbers(shape, pose, width, height)
@@ -57,7 +58,7 @@ def draw_shape(
         pen.line(xy, fill=fill, width=stroke, joint="curve")
 
 
-def marking_layer(look: Look, colours: tuple[object, object]) -> Image.Image:
+def marking_layer(look: Look, colours: tuple[Fill, Fill]) -> Image.Image:
     """Body colour with the marking painted over the whole sheet; the body mask cuts it out."""
     base, mark = colours
     layer = Image.new("RGB", (SHEET, SHEET), base)

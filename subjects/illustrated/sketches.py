@@ -16,7 +16,7 @@ INK = (30, 26, 28)
 CREAM = (252, 244, 228)
 STEEL = (198, 204, 212)
 
-Shape = tuple[str, tuple[float, ...], object]
+Shape = tuple[str, tuple[float, ...], str | tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,11 @@ def stuffed_animal(f: float) -> Sketch:
         )
     )
     return Sketch(
-        body=(*limbs, ("oval", (0.5, 0.68, 0.26, 0.25), "body"), ("oval", (0.5, 0.28, 0.26, 0.22), "body")),
+        body=(
+            *limbs,
+            ("oval", (0.5, 0.68, 0.26, 0.25), "body"),
+            ("oval", (0.5, 0.28, 0.26, 0.22), "body"),
+        ),
         details=(
             ("oval", (0.5, 0.7, 0.13, 0.14), CREAM),
             ("oval", (0.5, 0.36, 0.13, 0.09), CREAM),
@@ -106,7 +110,7 @@ def stuffed_animal(f: float) -> Sketch:
             *_eyes(0.24, 0.11, 0.03),
             *(("oval", (0.5 + s * 0.22, 0.91, 0.07, 0.05), CREAM) for s in (-1, 1)),
         ),
-    )  # fmt: skip
+    )
 
 
 def toy(f: float) -> Sketch:
@@ -131,10 +135,20 @@ def toy(f: float) -> Sketch:
 def cartoon(f: float) -> Sketch:
     return Sketch(
         body=(
-            *(("poly", (0.5 + s * 0.28, 0.22, 0.5 + s * 0.36, 0.2 - 0.18 * f, 0.5 + s * 0.12, 0.12), "body") for s in (-1, 1)),
+            *(
+                (
+                    "poly",
+                    (0.5 + s * 0.28, 0.22, 0.5 + s * 0.36, 0.2 - 0.18 * f, 0.5 + s * 0.12, 0.12),
+                    "body",
+                )
+                for s in (-1, 1)
+            ),
             ("oval", (0.5, 0.45, 0.36, 0.36), "body"),
             *(("line", (0.5 + s * 0.34, 0.5, 0.5 + s * 0.47, 0.64, 0.07), "body") for s in (-1, 1)),
-            *(("box", (0.5 + s * 0.14 - 0.05, 0.76, 0.5 + s * 0.14 + 0.05, 0.95), "body") for s in (-1, 1)),
+            *(
+                ("box", (0.5 + s * 0.14 - 0.05, 0.76, 0.5 + s * 0.14 + 0.05, 0.95), "body")
+                for s in (-1, 1)
+            ),
         ),
         details=(
             *(("oval", (0.5 + s * 0.13, 0.36, 0.12, 0.14), (255, 255, 255)) for s in (-1, 1)),
@@ -143,7 +157,7 @@ def cartoon(f: float) -> Sketch:
             ("box", (0.38, 0.55, 0.62, 0.6), (255, 255, 255)),
             *(("oval", (0.5 + s * 0.16, 0.96, 0.1, 0.04), INK) for s in (-1, 1)),
         ),
-    )  # fmt: skip
+    )
 
 
 def backpack(f: float) -> Sketch:
@@ -166,14 +180,18 @@ def backpack(f: float) -> Sketch:
 def bowl(f: float) -> Sketch:
     return Sketch(
         body=(
-            ("poly", (0.02, 0.42, 0.98, 0.42, 0.88, 0.68, 0.66, 0.85, 0.34, 0.85, 0.12, 0.68), "body"),
+            (
+                "poly",
+                (0.02, 0.42, 0.98, 0.42, 0.88, 0.68, 0.66, 0.85, 0.34, 0.85, 0.12, 0.68),
+                "body",
+            ),
             ("box", (0.5 - 0.2 * f, 0.83, 0.5 + 0.2 * f, 0.93), "body"),
         ),
         details=(
             ("oval", (0.5, 0.42, 0.48, 0.13), "light"),
             ("oval", (0.5, 0.43, 0.4, 0.095), "dark"),
         ),
-    )  # fmt: skip
+    )
 
 
 def can(f: float) -> Sketch:
@@ -223,21 +241,36 @@ def clock(f: float) -> Sketch:
 def sneaker(f: float) -> Sketch:
     return Sketch(
         body=(
-            ("poly", (0.04, 0.3, 0.14, 0.26, 0.36, 0.3, 0.6, 0.52, 0.92, 0.6, 0.98, 0.76, 0.03, 0.76), "body"),
+            (
+                "poly",
+                (0.04, 0.3, 0.14, 0.26, 0.36, 0.3, 0.6, 0.52, 0.92, 0.6, 0.98, 0.76, 0.03, 0.76),
+                "body",
+            ),
         ),
         details=(
             ("box", (0.02, 0.74, 1.0, 0.74 + 0.13 * f), (250, 250, 248)),
             ("line", (0.02, 0.76 + 0.1 * f, 1.0, 0.76 + 0.1 * f, 0.02), INK),
-            *(("line", (0.3 + 0.11 * i, 0.42 + 0.075 * i, 0.44 + 0.11 * i, 0.36 + 0.08 * i, 0.035), (255, 255, 255)) for i in range(3)),
+            *(
+                (
+                    "line",
+                    (0.3 + 0.11 * i, 0.42 + 0.075 * i, 0.44 + 0.11 * i, 0.36 + 0.08 * i, 0.035),
+                    (255, 255, 255),
+                )
+                for i in range(3)
+            ),
             ("oval", (0.2, 0.28, 0.15, 0.05), "dark"),
         ),
-    )  # fmt: skip
+    )
 
 
 def boot(f: float) -> Sketch:
     return Sketch(
         body=(
-            ("poly", (0.18, 0.05, 0.58, 0.05, 0.56, 0.55, 0.86, 0.66, 0.94, 0.86, 0.16, 0.86), "body"),
+            (
+                "poly",
+                (0.18, 0.05, 0.58, 0.05, 0.56, 0.55, 0.86, 0.66, 0.94, 0.86, 0.16, 0.86),
+                "body",
+            ),
         ),
         details=(
             ("box", (0.14, 0.04, 0.62, 0.04 + 0.1 * f), CREAM),
@@ -245,7 +278,7 @@ def boot(f: float) -> Sketch:
             ("line", (0.18, 0.5, 0.56, 0.5, 0.03), "dark"),
             ("box", (0.33, 0.46, 0.43, 0.55), (230, 200, 90)),
         ),
-    )  # fmt: skip
+    )
 
 
 def glasses(f: float) -> Sketch:
@@ -290,8 +323,11 @@ def vase(f: float) -> Sketch:
             ("oval", (0.5, 0.56, 0.31, 0.34), "body"),
             ("poly", (0.34, 0.8, 0.66, 0.8, 0.7, 0.97, 0.3, 0.97), "body"),
         ),
-        details=(("oval", (0.5, 0.05, 0.08 + n, 0.035), INK), ("line", (0.4, 0.26, 0.6, 0.26, 0.03), "dark")),
-    )  # fmt: skip
+        details=(
+            ("oval", (0.5, 0.05, 0.08 + n, 0.035), INK),
+            ("line", (0.4, 0.26, 0.6, 0.26, 0.03), "dark"),
+        ),
+    )
 
 
 SKETCHES: dict[str, Callable[[float], Sketch]] = {

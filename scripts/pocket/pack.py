@@ -1,0 +1,129 @@
+"""Stage ``pack``: the trained parts as fp16 safetensors and cards in ``bksdm_tune/pocket``."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from scripts.pocket import clip, looks, probe, students, unet, vae
+
+POCKET = Path(__file__).resolve().parents[2] / "bksdm_tune/pocket"
+SIZES = ("teacher", *students.SIZES)
+LIMIT = 32_000_000  # bytes, everything together
+INDEX = {
+    "_class_name": "StableDiffusionPipeline",
+    "feature_extractor": [None, None],
+    "image_encoder": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DPMSolverMultistepScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+def save_half(model: torch.nn.Module, folder: Path, name: str = "") -> None:
+    """A model folder in fp16; a module without ``save_pretrained`` gets one file."""
+    model.half()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.contiguous()
+    if name:
+        folder.mkdir(parents=True)
+        save_file(model.state_dict(), folder / name, {"format": "pt"})
+    else:
+        model.save_pretrained(folder)  # type: ignore[operator]
+
+
+def run(work: Path) -> None:
+    for path in POCKET.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+    shared = POCKET / "shared"
+    teacher, text_encoder = unet.load(work)
+    save_half(teacher, POCKET / "unet-teacher")
+    for size in students.SIZES:
+        save_half(students.load(work, size), POCKET / f"unet-{size}")
+    save_half(text_encoder, shared / "text_encoder")
+    save_half(vae.load(work), shared / "vae")
+    shutil.copytree(work / "data/tokenizer", shared / "tokenizer")
+    unet.scheduler().save_pretrained(shared / "scheduler")
+    (shared / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
+    save_half(clip.load(work), POCKET / "clip")
+    save_half(looks.load(work), POCKET / "looks")
+    save_half(probe.load(work), POCKET / "probe", "probe.safetensors")
+    total = sum(path.stat().st_size for path in POCKET.rglob("*.safetensors"))
+    print(f"packed: {total:,} bytes of weights")
+    if total > LIMIT:
+        raise SystemExit(f"{total:,} bytes are more than {LIMIT:,}")
+    write_cards(work)
+
+
+def facts(work: Path) -> dict[str, Any]:
+    stages = ("vae", "clip", "looks", "probe", "family")
+    return {
+        stage: json.loads((work / stage / "report.json").read_text())
+        for stage in stages
+        if (work / stage / "report.json").exists()
+    }
+
+
+def hours(work: Path, stage: str) -> float:
+    lines = (work / stage / "log.jsonl").read_text().splitlines()
+    return sum(json.loads(line)["seconds"] for line in lines) / 3600
+
+
+def write_cards(work: Path) -> None:
+    known = facts(work)
+    for size in SIZES:
+        stage = "unet" if size == "teacher" else f"student-{size}"
+        steps = unet.STEPS if size == "teacher" else students.STEPS
+        rows = known.get("family", {}).get(size, {})
+        score = ", ".join(f"{key} {value:.1%}" for key, value in rows.items())
+        (POCKET / f"card-{size}.md").write_text(
+            CARD.format(
+                size=size,
+                how=TEACHER_HOW if size == "teacher" else STUDENT_HOW.format(size=size),
+                steps=steps,
+                hours=hours(work, stage),
+                score=score or "not measured",
+                psnr=known["vae"]["psnr_real_heldout"],
+                linear=known["vae"]["psnr_real_linear_4_of_48"],
+                renders=known["vae"]["psnr_renders_heldout"],
+            )
+        )
+    (POCKET / "facts.json").write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
+
+
+TEACHER_HOW = "U-Net and text encoder trained together from random weights, min-SNR weights, EMA"
+STUDENT_HOW = "BK-SDM {size} surgery on pocket-teacher, then distillation (lambda 1/1/1), EMA"
+CARD = """\
+---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# pocket-{size}
+
+A Stable Diffusion in miniature (64 x 64 pixels, SD-v1 topology, epsilon-prediction), made by
+bksdm-tune to show and test personalisation without a GPU. It draws the illustrated world of this
+project and nothing else, and says nothing about the full-size models.
+
+| | |
+|---|---|
+| how | {how} |
+| steps, batch | {steps}, 32 |
+| step time in all | {hours:.2f} h on two CPU cores |
+| data | 60,000 pictures of 15,000 looks drawn by `subjects/illustrated`; captions in the grammar of the DreamBooth prompts, 10 % empty; the looks of the 30 illustrated twins left out |
+| VAE | f = 4, 4 latent channels, trained on those pictures and on crops of 13 real DreamBooth subjects (CC-BY 4.0, see `scripts/pocket/data.py`); {psnr:.1f} dB on photos of 8 held-out subjects (PCA 4 of 48 fitted on them: {linear:.1f} dB), {renders:.1f} dB on held-out pictures |
+| attributes right in 500 captions (probe classifier) | {score} |
+
+Reproduce: `python scripts/pretrain_pocket.py all --photos DIR`. Licence: Apache-2.0; it contains
+no Stable Diffusion weights.
+"""
