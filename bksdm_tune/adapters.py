@@ -127,7 +127,11 @@ def canonical(data: bytes) -> bytes:
 
 
 def load_adapter(path: Path, unet: Any, text_encoder: Any | None) -> None:
-    """Put a saved adapter's weights into models that were injected with the same settings."""
+    """Put a saved adapter's weights into models that were injected with the same settings.
+
+    Raises:
+        DataError: as ``read_adapter``, or the file lacks some of the models' tensors.
+    """
     tensors, _ = read_adapter(path)
     parts = {"unet": unet} | ({"text_encoder": text_encoder} if text_encoder is not None else {})
     for prefix, model in parts.items():
@@ -144,6 +148,9 @@ def load_adapter(path: Path, unet: Any, text_encoder: Any | None) -> None:
                 own = {key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
         result = set_peft_model_state_dict(model, own, adapter_name=ADAPTER_NAME)
         assert not result.unexpected_keys, result.unexpected_keys
+        wanted = len(get_peft_model_state_dict(model))
+        if len(own) != wanted:
+            raise DataError(f"{path} lacks {wanted - len(own)} of {wanted} tensors of the {prefix}.")
 
 
 def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

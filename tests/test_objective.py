@@ -17,10 +17,10 @@ SCALE, WEIGHT = 0.3, 0.7
 SIZES = ("teacher", "base", "small", "tiny")
 
 
-def moments(n: int, seed: int) -> Tensor:
+def moments(n: int, seed: int, side: int = 8) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    mean = torch.randn(n, 4, 8, 8, generator=generator)
-    return torch.stack([mean, torch.rand(n, 4, 8, 8, generator=generator)], 1)
+    mean = torch.randn(n, 4, side, side, generator=generator)
+    return torch.stack([mean, torch.rand(n, 4, side, side, generator=generator)], 1)
 
 
 def noising(prediction_type: str) -> Noising:
@@ -152,7 +152,8 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
         unet, noising("epsilon"), SCALE, conditions, untuned if prior == "prediction" else None
     )
     torch.manual_seed(7)
-    batch = (moments(2, 1), moments(2, 2) if prior == "images" else None)
+    # The mid block of an 8x8 latent attends to its one position: no gradient for q and k.
+    batch = (moments(1, 1, side=16), moments(1, 2, side=16) if prior == "images" else None)
     objective(batch)["loss"].backward()
     trained = list(unet.parameters()) + list(encoder.parameters())
     assert len(lora) == sum(parameter.requires_grad for parameter in trained)
@@ -164,8 +165,8 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
     return found
 
 
-# Attention layers of a U-Net: 16, 9 + 1, 9, 8 (protocols.md 1.1); each has one transformer block
-# of 2 attentions with 4 targets and 2 feed-forward targets; every target has A and B.
+# A U-Net has 16, 10, 9, 9 transformer blocks, each of 2 attentions with 4 targets and a feed-
+# forward with 2; every target has A and B.
 UNET_TENSORS = {"teacher": 320, "base": 200, "small": 180, "tiny": 180}
 TEXT_TENSORS = 2 * 4 * 2  # layers, targets, A and B
 

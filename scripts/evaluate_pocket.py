@@ -1,0 +1,167 @@
+"""Personalise a pocket backbone on each of the 30 illustrated subjects and judge the pictures.
+
+    python scripts/evaluate_pocket.py --out work/evaluation [--backbone pocket-base] [--subjects dog]
+
+Per subject, on the 20 DreamBooth scenes (none is among the twin's photos, which are taken at home):
+nearest-look identification against 10 other looks of its class, background by the probe, before and
+after tuning at the same seeds; and variety of the plain class prompt, with and without prior
+preservation.  Resumable: a subject's result is a file.  Intervals: bootstrap over subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from PIL import Image
+
+from bksdm_tune.artifacts import write_text_atomic
+from bksdm_tune.cli import main as command
+from bksdm_tune.pipeline import Shot, draw, load_pipeline
+from bksdm_tune.resolve import resolve
+from scripts.pocket import looks, probe
+from scripts.pocket.common import pixels
+from subjects.catalogue import SUBJECTS
+from subjects.illustrated.looks import KINDS, random_look
+from subjects.illustrated.render import Picture, render
+from subjects.illustrated.scenes import DREAMBOOTH_SCENES, HOME_SCENES, SCENES
+from subjects.illustrated.twins import FORBIDDEN, TWINS, twin_photos
+
+RIVALS, PHOTOS_A_RIVAL, CLASS_PICTURES, TRIGGER = 10, 5, 24, "sks11df"
+PRIORS = ("none", "prediction", "images")
+
+
+def embed(model: Any, pictures: list[Image.Image]) -> np.ndarray:
+    images = np.stack([np.asarray(picture.resize((64, 64))) for picture in pictures])
+    with torch.inference_mode():
+        return looks.embed(model, pixels(images)).double().numpy()
+
+
+def centre(features: np.ndarray) -> np.ndarray:
+    mean = features.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+def gallery(model: Any, name: str) -> np.ndarray:
+    """(11, width): the subject's look first, then RIVALS other looks of its class, at home."""
+    rng = np.random.default_rng(zlib.crc32(f"rivals of {name}".encode()))
+    rows = [centre(embed(model, twin_photos(name)))]
+    for _ in range(RIVALS):
+        look = random_look(rng, TWINS[name].kind, FORBIDDEN)
+        scenes = rng.choice(HOME_SCENES, PHOTOS_A_RIVAL)
+        rows.append(centre(embed(model, [render(Picture(look, str(s)), rng) for s in scenes])))
+    return np.stack(rows)
+
+
+def scene_shots(name: str, guidance: float) -> list[Shot]:
+    noun = SUBJECTS[name].class_noun
+    return [
+        Shot(f"a {TRIGGER} {noun} {scene}", 50 + i, guidance_scale=guidance)
+        for i, scene in enumerate(DREAMBOOTH_SCENES)
+    ]
+
+
+def judge(pictures: list[Image.Image], model: Any, classifier: Any, rows: np.ndarray) -> Any:
+    """Shares of pictures with the right look, scene and kind; mean cosine to the subject's photos."""
+    features = embed(model, pictures)
+    cosine = features @ rows.T
+    seen = probe.classify(classifier, np.stack([np.asarray(p.resize((64, 64))) for p in pictures]))
+    wanted = np.array([list(SCENES).index(scene) for scene in DREAMBOOTH_SCENES])
+    return {
+        "identified": float((cosine.argmax(1) == 0).mean()),
+        "scene": float((seen[:, 2] == wanted).mean()),
+        "similarity": float(cosine[:, 0].mean()),
+        "kinds": np.bincount(seen[:, 0], minlength=len(KINDS)).tolist(),
+    }
+
+
+def variety(pictures: list[Image.Image], model: Any, rows: np.ndarray) -> dict[str, float]:
+    """Of plain class pictures: mean pairwise cosine distance, and cosine to the subject (leak)."""
+    features = embed(model, pictures)
+    pairs = (features @ features.T)[np.triu_indices(len(features), 1)]
+    return {"variety": float(1 - pairs.mean()), "leak": float((features @ rows[0]).mean())}
+
+
+def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, Any]:
+    rows, noun = gallery(model, name), SUBJECTS[name].class_noun
+    scenes = scene_shots(name, options.guidance)
+    plain = [Shot(f"a {noun}", 900 + i, guidance_scale=options.guidance) for i in range(CLASS_PICTURES)]
+    result: dict[str, Any] = {"subject": name, "class_noun": noun}
+    before = load_pipeline(resolve(options.backbone), "cpu")
+    result["before"] = judge(draw(before, scenes, 20), model, classifier, rows)
+    result["before"] |= variety(draw(before, plain, 24), model, rows)
+    for prior in options.priors:
+        out = options.out / f"{name}-{prior}"
+        flags = ["--subject", name, "--backbone", options.backbone, "--prior", prior]
+        method = [] if options.full else ["--lora"]
+        started = time.perf_counter()
+        code = command(["dreambooth", *flags, *method, "--preview-prompts", "--out", str(out)])
+        assert code == 0, (name, prior, code)
+        seconds = time.perf_counter() - started
+        after = load_pipeline(resolve(str(out)), "cpu")
+        pictures = draw(after, scenes, 20)
+        for picture, shot in zip(pictures, scenes, strict=True):
+            picture.save(out / f"scene-{shot.seed}.png")
+        result[prior] = judge(pictures, model, classifier, rows)
+        result[prior] |= variety(draw(after, plain, 24), model, rows) | {"seconds": seconds}
+    return result
+
+
+def interval(values: np.ndarray) -> tuple[float, float]:
+    """95 % bootstrap interval of the mean over subjects."""
+    rng = np.random.default_rng(0)
+    means = values[rng.integers(len(values), size=(10_000, len(values)))].mean(1)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return float(low), float(high)
+
+
+def table(results: list[dict[str, Any]], arms: list[str]) -> str:
+    columns = ("identified", "scene", "similarity", "variety", "leak", "seconds")
+    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    for arm in arms:
+        cells = []
+        for column in columns:
+            values = np.array([row[arm].get(column, np.nan) for row in results])
+            if np.isnan(values).any():
+                cells.append("")
+                continue
+            low, high = interval(values)
+            cells.append(f"{values.mean():.3f} [{low:.3f}, {high:.3f}]")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("work/pocket"))
+    parser.add_argument("--backbone", default="pocket-base")
+    parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
+    parser.add_argument("--priors", nargs="+", choices=PRIORS, default=["none", "prediction"])
+    parser.add_argument("--guidance", type=float, default=7.5)
+    parser.add_argument("--full", action="store_true", help="full tuning instead of LoRA")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    model, classifier = looks.load(options.work), probe.load(options.work)
+    results = []
+    for name in options.subjects:
+        path = options.out / f"{name}.json"
+        if not path.exists():
+            result = evaluate(name, options, model, classifier)
+            write_text_atomic(path, json.dumps(result, indent=2))
+        results.append(json.loads(path.read_text()))
+        print(table(results, ["before", *options.priors]), flush=True)
+    (options.out / "table.md").write_text(table(results, ["before", *options.priors]))
+
+
+if __name__ == "__main__":
+    main()

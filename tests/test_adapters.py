@@ -1,0 +1,224 @@
+"""Adapter files: stock diffusers sees what we trained, and a wrong file is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from diffusers import StableDiffusionPipeline
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bksdm_tune.adapters import (
+    FILE_NAME,
+    Provenance,
+    canonical,
+    check_architecture,
+    inject,
+    load_adapter,
+    read_adapter,
+    read_provenance,
+    save_adapter,
+    switched_off,
+)
+from bksdm_tune.architecture import describe, fingerprint
+from bksdm_tune.errors import DataError, UsageError
+
+UNET_TARGETS = ("to_q", "to_v", "to_out.0", "ff.net.0.proj")
+TEXT_TARGETS = ("q_proj", "v_proj")
+SIZES = ("teacher", "base", "small", "tiny")
+MADE_FROM = Provenance("bk-base", "0123456789abcdef", "SD-v1 shape, base", "a xyz dog", "run-key")
+
+
+def randomised(parameters: list[torch.nn.Parameter]) -> None:
+    """B starts at zero, which would hide a wrong scale."""
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.normal_(0, 0.3)
+
+
+def tuned(pipeline: Any, text: bool = True) -> tuple[Any, Any]:
+    unet, encoder = pipeline.unet, pipeline.text_encoder
+    torch.manual_seed(1)
+    randomised(inject(unet, 2, 3.0, 0.0, UNET_TARGETS))
+    if text:
+        randomised(inject(encoder, 3, 2.0, 0.0, TEXT_TARGETS))
+    return unet, encoder
+
+
+def tiny_models(size: str = "tiny") -> Any:
+    class Models:
+        unet = tiny.make_unet(size=size)
+        text_encoder = tiny.make_text_encoder()
+
+    return Models
+
+
+def predict(unet: Any, encoder: Any) -> tuple[Tensor, Tensor]:
+    """What the U-Net and the text encoder say to fixed inputs."""
+    generator = torch.Generator().manual_seed(5)
+    latents = torch.randn(1, 4, 16, 16, generator=generator)
+    with torch.no_grad():
+        text = encoder(torch.arange(77)[None])[0]
+        return unet(latents, 500, text).sample, text
+
+
+def difference(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> list[float]:
+    return [(x - y).abs().max().item() for x, y in zip(a, b, strict=True)]
+
+
+@pytest.mark.parametrize("text", [True, False], ids=["unet+text", "unet"])
+@pytest.mark.parametrize("size", SIZES)
+def test_stock_diffusers_loads_what_was_trained(tmp_path: Path, size: str, text: bool) -> None:
+    folder = tiny.make_pipeline(tmp_path / "base", size=size)
+    live = StableDiffusionPipeline.from_pretrained(folder)
+    before = predict(live.unet, live.text_encoder)
+    unet, encoder = tuned(live, text)
+    wanted = predict(unet, encoder)
+    changes = difference(wanted, before)
+    assert changes[0] > 1e-2 and (changes[1] > 1e-2) == text
+
+    save_adapter(tmp_path / FILE_NAME, unet, encoder if text else None, MADE_FROM)
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.load_lora_weights(tmp_path)
+    assert max(difference(predict(stock.unet, stock.text_encoder), wanted)) < 1e-5
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_fused_adapter_draws_the_same(tmp_path: Path, size: str) -> None:
+    folder = tiny.make_pipeline(tmp_path / "base", size=size)
+    live = StableDiffusionPipeline.from_pretrained(folder)
+    unet, encoder = tuned(live)
+    wanted = predict(unet, encoder)
+    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    stock = StableDiffusionPipeline.from_pretrained(folder)
+    stock.load_lora_weights(tmp_path)
+    stock.fuse_lora()
+    stock.unload_lora_weights()
+    assert max(difference(predict(stock.unet, stock.text_encoder), wanted)) < 1e-4
+
+
+def test_keys_are_those_of_the_ecosystem(tmp_path: Path) -> None:
+    unet, encoder = tuned(tiny_models("tiny"))
+    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    tensors, metadata = read_adapter(tmp_path / FILE_NAME)
+    unet_keys = [key for key in tensors if key.startswith("unet.")]
+    text_keys = [key for key in tensors if key.startswith("text_encoder.text_model.encoder.")]
+    assert len(unet_keys) == 9 * 7 * 2  # blocks, targets (3 in each attention, 1), A and B
+    assert len(text_keys) == 2 * 2 * 2  # layers, targets, A and B
+    assert len(tensors) == len(unet_keys) + len(text_keys)
+    assert all("lora" in key for key in tensors)
+    adapter = json.loads(metadata["lora_adapter_metadata"])
+    assert (adapter["unet.r"], adapter["unet.lora_alpha"]) == (2, 3.0)
+    assert (adapter["text_encoder.r"], adapter["text_encoder.lora_alpha"]) == (3, 2.0)
+    assert adapter["unet.target_modules"] == sorted(UNET_TARGETS)
+
+
+def test_provenance_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / FILE_NAME
+    save_adapter(path, *tuned(tiny_models()), MADE_FROM)
+    assert read_provenance(path) == MADE_FROM
+    save_file({"unet.x.lora.up.weight": torch.ones(1)}, tmp_path / "foreign.safetensors")
+    assert read_provenance(tmp_path / "foreign.safetensors") is None
+
+
+def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_adapter(tmp_path / name, *tuned(tiny_models()), MADE_FROM)
+    data = (tmp_path / "a").read_bytes()
+    assert data == (tmp_path / "b").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert list(header.pop("__metadata__")) == ["bksdm_tune", "format", "lora_adapter_metadata"]
+    assert list(header) == sorted(header) and length % 8 == 0
+    assert canonical(data) == data
+
+
+def test_load_restores_bit_for_bit(tmp_path: Path) -> None:
+    unet, encoder = tuned(tiny_models())
+    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    saved = [p.detach().clone() for p in trained(unet, encoder)]
+    assert len(saved) == 126 + 8
+    randomised(trained(unet, encoder))
+    load_adapter(tmp_path / FILE_NAME, unet, encoder)
+    for parameter, value in zip(trained(unet, encoder), saved, strict=True):
+        assert parameter.requires_grad and torch.equal(parameter, value)
+
+
+def trained(*models: Any) -> list[torch.nn.Parameter]:
+    return [p for model in models for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_a_file_without_a_part_is_not_half_loaded(tmp_path: Path, part: str) -> None:
+    unet, encoder = tuned(tiny_models())
+    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    tensors, metadata = read_adapter(tmp_path / FILE_NAME)
+    own = [key for key in tensors if key.startswith(part)]
+    del tensors[own[0]]
+    save_file(tensors, tmp_path / FILE_NAME, metadata)
+    with pytest.raises(DataError, match=f"1 of {len(own)} tensors"):
+        load_adapter(tmp_path / FILE_NAME, unet, encoder)
+
+
+def test_adapters_train_in_float32_on_a_half_precision_base() -> None:
+    unet = tiny.make_unet(size="tiny").half()
+    parameters = inject(unet, 2, 3.0, 0.0, UNET_TARGETS)
+    assert len(parameters) == 126 and {p.dtype for p in parameters} == {torch.float32}
+    assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.float16}
+
+
+def test_an_adapter_can_be_switched_off_and_comes_back() -> None:
+    models = tiny_models()
+    before = predict(models.unet, models.text_encoder)
+    unet, encoder = tuned(models)
+    after = predict(unet, encoder)
+    with switched_off(unet, encoder):
+        assert max(difference(predict(unet, encoder), before)) == 0
+    assert max(difference(predict(unet, encoder), after)) == 0
+    assert len(trained(unet, encoder)) == 134
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("made_for", SIZES)
+def test_another_architecture_is_refused(tmp_path: Path, made_for: str, size: str) -> None:
+    made_config, here = tiny.unet_config(size=made_for), tiny.unet_config(size=size)
+    made_from = replace(
+        MADE_FROM, architecture=fingerprint(made_config), shape=describe(made_config)
+    )
+    models = tiny_models("tiny")
+    path = tmp_path / FILE_NAME
+    save_adapter(path, tuned(models)[0], None, made_from)
+    if made_for == size:
+        assert check_architecture(path, fingerprint(here), describe(here)) == made_from
+        return
+    with pytest.raises(DataError, match="was trained on bk-base.*--backbone bk-base"):
+        check_architecture(path, fingerprint(here), describe(here))
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "missing", "pickle", "no lora"])
+def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
+    path = tmp_path / FILE_NAME
+    save_adapter(path, tuned(tiny_models())[0], None, MADE_FROM)
+    if damage == "missing":
+        path.unlink()
+    elif damage == "pickle":
+        torch.save({"unet.x.lora.up.weight": torch.ones(1)}, path)
+    elif damage == "no lora":
+        save_file({"conv_in.weight": torch.ones(1)}, path)
+    else:
+        path.write_bytes(path.read_bytes()[: 5000 if damage == "cut" else 0])
+    with pytest.raises(DataError, match=FILE_NAME):
+        read_adapter(path)
+
+
+def test_an_unknown_target_is_named() -> None:
+    unet = tiny.make_unet(size="tiny")
+    with pytest.raises(UsageError, match="'to_w' matches no linear layer"):
+        inject(unet, 2, 2.0, 0.0, ("to_q", "to_w"))
+    assert all(p.requires_grad for p in unet.parameters())  # nothing was touched
