@@ -150,7 +150,9 @@ def load_adapter(path: Path, unet: Any, text_encoder: Any | None) -> None:
         assert not result.unexpected_keys, result.unexpected_keys
         wanted = len(get_peft_model_state_dict(model))
         if len(own) != wanted:
-            raise DataError(f"{path} lacks {wanted - len(own)} of {wanted} tensors of the {prefix}.")
+            raise DataError(
+                f"{path} lacks {wanted - len(own)} of {wanted} tensors of the {prefix}."
+            )
 
 
 def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

@@ -1,4 +1,4 @@
-"""From parts on disk to pictures: load, draw with one seed per picture, keep the settings in PNGs."""
+"""From parts on disk to pictures: load, draw with a seed per picture, keep settings in PNGs."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def expand(shot: Shot, count: int) -> list[Shot]:
 
 
 def save_png(path: Path, image: Image.Image, shot: Shot, **facts: str) -> None:
-    """PNG with its settings in text chunks: ``prompt``, ``seed``, ... and ``bksdm_tune`` as JSON."""
+    """PNG with its settings in text chunks: ``prompt``, ``seed``, ... and all as JSON."""
     info = PngInfo()
     settings = asdict(shot) | facts
     for key, value in settings.items():

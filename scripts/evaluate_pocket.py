@@ -1,6 +1,6 @@
 """Personalise a pocket backbone on each of the 30 illustrated subjects and judge the pictures.
 
-    python scripts/evaluate_pocket.py --out work/evaluation [--backbone pocket-base] [--subjects dog]
+    python scripts/evaluate_pocket.py --out work/evaluation [--backbone NAME] [--subjects dog]
 
 Per subject, on the 20 DreamBooth scenes (none is among the twin's photos, which are taken at home):
 nearest-look identification against 10 other looks of its class, background by the probe, before and
@@ -71,7 +71,7 @@ def scene_shots(name: str, guidance: float) -> list[Shot]:
 
 
 def judge(pictures: list[Image.Image], model: Any, classifier: Any, rows: np.ndarray) -> Any:
-    """Shares of pictures with the right look, scene and kind; mean cosine to the subject's photos."""
+    """Shares of pictures with the right look and scene; mean cosine to the subject's photos."""
     features = embed(model, pictures)
     cosine = features @ rows.T
     seen = probe.classify(classifier, np.stack([np.asarray(p.resize((64, 64))) for p in pictures]))
@@ -94,7 +94,9 @@ def variety(pictures: list[Image.Image], model: Any, rows: np.ndarray) -> dict[s
 def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, Any]:
     rows, noun = gallery(model, name), SUBJECTS[name].class_noun
     scenes = scene_shots(name, options.guidance)
-    plain = [Shot(f"a {noun}", 900 + i, guidance_scale=options.guidance) for i in range(CLASS_PICTURES)]
+    plain = [
+        Shot(f"a {noun}", 900 + i, guidance_scale=options.guidance) for i in range(CLASS_PICTURES)
+    ]
     result: dict[str, Any] = {"subject": name, "class_noun": noun}
     before = load_pipeline(resolve(options.backbone), "cpu")
     result["before"] = judge(draw(before, scenes, 20), model, classifier, rows)

@@ -18,7 +18,9 @@ STAGES = ("data", "vae", "unet", "students", "clip", "looks", "probe", "pack", "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("stages", nargs="+", choices=("all", *STAGES))
     parser.add_argument("--work", type=Path, default=Path("work/pocket"))
     parser.add_argument("--photos", type=Path, help="real photos for the VAE (stage data)")

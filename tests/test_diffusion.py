@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from diffusers import DDPMScheduler
 from PIL import Image
 
+import tiny
 from bksdm_tune.diffusion import (
     Noising,
     embed,

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from bksdm_tune.diffusion import Noising, training_scheduler
 from bksdm_tune.unet_configs import PLANS
 from distill.objective import Distillation
@@ -174,8 +174,10 @@ def test_the_teacher_stays_frozen_and_in_eval() -> None:
 @pytest.mark.parametrize("name", ["task", "out", "feat"])
 def test_a_lambda_of_zero_removes_its_term(name: str) -> None:
     lambdas = LAMBDAS | {f"lambda_{name}": 0.0}
-    losses, _ = run(make("tiny", **lambdas)) if name != "task" else feature_gradients(
-        make("tiny", **lambdas)
+    losses, _ = (
+        run(make("tiny", **lambdas))
+        if name != "task"
+        else feature_gradients(make("tiny", **lambdas))
     )
     assert losses.keys() == {"task", "out", "feat", "loss"} - {name}
     rest = sum(lambdas[f"lambda_{key}"] * losses[key].item() for key in losses if key != "loss")

@@ -17,10 +17,10 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import make_pipeline
 
 from bksdm_tune.artifacts import read_manifest, verify_manifest
 from bksdm_tune.cli import main
+from tiny import make_pipeline
 
 LORA = "pytorch_lora_weights.safetensors"
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from torch import Tensor
 
+import tiny
 from bksdm_tune.adapters import inject, switched_off
 from bksdm_tune.diffusion import Noising, embed, tokenise, training_scheduler
 from bksdm_tune.dreambooth.objective import DreamBooth

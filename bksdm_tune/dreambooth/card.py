@@ -70,7 +70,11 @@ def card(job: Job, results: dict[str, Any]) -> str:
     row = job.parts.backbone
     embedded = row is not None and row.source == EMBEDDED
     base = job.parts.name if row is None or embedded else row.source
-    usage = LORA_USAGE.format(base=f"FOLDER OF {base}" if embedded else base) if config.model.lora else FULL_USAGE
+    usage = (
+        LORA_USAGE.format(base=f"FOLDER OF {base}" if embedded else base)
+        if config.model.lora
+        else FULL_USAGE
+    )
     note = "An adapter for one architecture lands in wrong layers on another; use it on this one."
     return CARD.format(
         licence_id=licence_id,

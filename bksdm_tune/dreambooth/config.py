@@ -31,9 +31,7 @@ class Who:
 
     def __post_init__(self) -> None:
         if (self.subject is None) == (self.photos is None):
-            raise UsageError(
-                "Say whom to learn: --subject dog, or --photos DIR --class-noun dog."
-            )
+            raise UsageError("Say whom to learn: --subject dog, or --photos DIR --class-noun dog.")
         if self.photos is not None and self.class_noun is None:
             raise UsageError("--photos needs --class-noun, what the subject is: --class-noun dog.")
 
@@ -183,8 +181,8 @@ class Output:
     keep: Annotated[int, arg(aliases=("--checkpoints-total-limit",))] = 2
     """Checkpoints to keep."""
     preview_prompts: tuple[str, ...] | None = None
-    """Prompts with {subject}, drawn before and after tuning; default: four of the subject's; without any
-    word after the flag: none."""
+    """Prompts with {subject}, drawn before and after tuning; default: four of the subject's.
+    The flag without a word after it: none."""
     preview_every: int = 0
     """Also draw them every so many steps; 0 is not."""
     preview_images: int = 2

@@ -75,7 +75,7 @@ def prepare(config: Config, device: str) -> Job:
     parts = resolve(ref, config.model.base)
     if parts.adapter is not None:
         raise UsageError(
-            f"{ref} is a LoRA run. Tune its backbone instead: --backbone {parts.ref}, or a full run."
+            f"{ref} is a LoRA run. Tune its backbone, --backbone {parts.ref}, or a full run."
         )
     resolution = native_resolution(parts)
     name = recipe_name(config.model.recipe, resolution)

@@ -85,10 +85,14 @@ def embed_prompts(job: Job, prompts: list[str]) -> dict[str, Tensor]:
     tokenizer, encoder = load_part(job.parts, "tokenizer"), load_part(job.parts, "text_encoder")
     encoder.to(job.device)
     with torch.no_grad():
-        return {text: embed(encoder, tokenise(tokenizer, [text])) for text in dict.fromkeys(prompts)}
+        return {
+            text: embed(encoder, tokenise(tokenizer, [text])) for text in dict.fromkeys(prompts)
+        }
 
 
-def build(job: Job, class_paths: list[Path], class_hashes: list[str], prompts: list[str]) -> Learner:
+def build(
+    job: Job, class_paths: list[Path], class_hashes: list[str], prompts: list[str]
+) -> Learner:
     """Load models and data.  ``prompts``: what will be drawn, beside the two training prompts."""
     config = job.config
     torch.manual_seed(config.training.seed)
@@ -107,7 +111,9 @@ def build(job: Job, class_paths: list[Path], class_hashes: list[str], prompts: l
         noising=Noising(scheduler, config.training.offset_noise),
         scaling_factor=load_scaling_factor(job),
         conditions=make_conditions(job, text_encoder, embeds),
-        untuned=make_untuned(job, before[0], embeds) if config.prior.prior == "prediction" else None,
+        untuned=make_untuned(job, before[0], embeds)
+        if config.prior.prior == "prediction"
+        else None,
         prior_weight=config.prior.prior_weight,
         min_snr_gamma=config.training.min_snr_gamma,
     )

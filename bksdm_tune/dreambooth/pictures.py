@@ -95,7 +95,9 @@ def preview(
     for model in models:
         model.train()
     for number, (picture, shot) in enumerate(zip(pictures, shots, strict=True)):
-        save_png(sample_path(job, step, number), picture, shot, model=job.parts.name, step=str(step))
+        save_png(
+            sample_path(job, step, number), picture, shot, model=job.parts.name, step=str(step)
+        )
 
 
 def sample_path(job: Job, step: int, number: int) -> Path:

@@ -16,7 +16,7 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
 
 # fmt: off
-ROWS: dict[str, dict[str, Any]] = {
+ROWS: dict[str, tuple[Any, Any, Any]] = {
     #                         bksdm                 full-size             miniature
     "steps":                (800,                  800,                  300),
     "batch_size":           (1,                    1,                    2),

@@ -49,18 +49,16 @@ def load(job: Job) -> Learner:
 
 
 def optimise(job: Job, learner: Learner) -> None:
-    training, output = job.config.training, job.config.output
-    assert training.steps and output.checkpoint_every
+    training, output, steps = job.config.training, job.config.output, job.config.training.steps
+    assert steps and output.checkpoint_every
     optimiser = make_optimiser(
         training.optimiser, learner.trainable.parameter_groups(), training.weight_decay
     )
-    schedule = make_schedule(
-        training.lr_scheduler, optimiser, training.lr_warmup_steps, training.steps
-    )
+    schedule = make_schedule(training.lr_scheduler, optimiser, training.lr_warmup_steps, steps)
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
 
     def preview(step: int) -> None:
-        if step < training.steps or training.ema is None:
+        if step < steps or training.ema is None:
             draw_preview(job, learner, step)
 
     fit(
@@ -70,7 +68,7 @@ def optimise(job: Job, learner: Learner) -> None:
         optimiser,
         schedule,
         LoopSettings(
-            steps=training.steps,
+            steps=steps,
             accumulation=training.accumulation,
             max_grad_norm=training.max_grad_norm,
             seed=training.seed,
@@ -85,12 +83,16 @@ def optimise(job: Job, learner: Learner) -> None:
         title=job.folder.name,
     )
     if training.ema is not None:  # only now are the averaged weights in the models
-        draw_preview(job, learner, training.steps)
+        draw_preview(job, learner, steps)
 
 
 def draw_preview(job: Job, learner: Learner, step: int) -> None:
     count = len(pictures.preview_shots(job))
-    if count == 0 or step == 0 and all(pictures.sample_path(job, 0, i).is_file() for i in range(count)):
+    if (
+        count == 0
+        or step == 0
+        and all(pictures.sample_path(job, 0, i).is_file() for i in range(count))
+    ):
         return
     pictures.preview(job, step, learner.unet, learner.text_encoder, learner.embeds)
 

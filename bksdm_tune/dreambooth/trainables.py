@@ -13,7 +13,9 @@ from bksdm_tune import adapters
 from bksdm_tune.adapters import Provenance
 
 
-def _groups(unet: Any, text_encoder: Any | None, rates: tuple[float, float]) -> list[dict[str, Any]]:
+def _groups(
+    unet: Any, text_encoder: Any | None, rates: tuple[float, float]
+) -> list[dict[str, Any]]:
     models = [unet] + ([text_encoder] if text_encoder is not None else [])
     return [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}

@@ -45,7 +45,7 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def materialise(name: str) -> Path:
-    """The pipeline folder of ``pocket-teacher``, ``-base``, ``-small`` or ``-tiny``, in the cache."""
+    """The pipeline folder of ``pocket-teacher``, ``-base``, ``-small``, ``-tiny``, in the cache."""
     size = name.removeprefix(PREFIX)
     parts = {"unet": HERE / f"unet-{size}", "": HERE / "shared"}
 

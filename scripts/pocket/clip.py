@@ -1,4 +1,4 @@
-"""Stage ``clip``: a small CLIP pair on pictures and captions; its text side starts the pipeline's."""
+"""Stage ``clip``: a small CLIP pair on pictures and captions; for scoring."""
 
 from __future__ import annotations
 
@@ -65,7 +65,10 @@ def run(work: Path) -> None:
         targets = same / same.sum(1, keepdim=True)
         output = model(input_ids=texts, pixel_values=pictures)
         logits = output.logits_per_image
-        losses = {"image": F.cross_entropy(logits, targets), "text": F.cross_entropy(logits.T, targets)}
+        losses = {
+            "image": F.cross_entropy(logits, targets),
+            "text": F.cross_entropy(logits.T, targets),
+        }
         return losses | {"loss": (losses["image"] + losses["text"]) / 2}
 
     train(work / "clip", objective, {"clip": model}, batches, STEPS, 1e-3, ema_decay=0.99)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -106,7 +105,9 @@ def report(work: Path) -> None:
     images = np.load(work / "data/heldout-images.npy")
     labels = np.load(work / "data/heldout-labels.npy")
     keep = labels[:, 3] == 0
-    features = torch.cat([embed(model, pixels(b)) for b in np.array_split(images[keep], 16)]).numpy()
+    features = torch.cat(
+        [embed(model, pixels(b)) for b in np.array_split(images[keep], 16)]
+    ).numpy()
     subject = np.repeat(np.arange(len(images) // VIEWS), VIEWS)[keep]
     photos = {name: np.stack([np.asarray(p) for p in twin_photos(name, 64)]) for name in TWINS}
     twin = embed(model, pixels(np.concatenate(list(photos.values())))).numpy()

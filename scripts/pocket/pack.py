@@ -120,9 +120,16 @@ project and nothing else, and says nothing about the full-size models.
 | how | {how} |
 | steps, batch | {steps}, 32 |
 | step time in all | {hours:.2f} h on two CPU cores |
-| data | 60,000 pictures of 15,000 looks drawn by `subjects/illustrated`; captions in the grammar of the DreamBooth prompts, 10 % empty; the looks of the 30 illustrated twins left out |
-| VAE | f = 4, 4 latent channels, trained on those pictures and on crops of 13 real DreamBooth subjects (CC-BY 4.0, see `scripts/pocket/data.py`); {psnr:.1f} dB on photos of 8 held-out subjects (PCA 4 of 48 fitted on them: {linear:.1f} dB), {renders:.1f} dB on held-out pictures |
-| attributes right in 500 captions (probe classifier) | {score} |
+
+Data: 60,000 pictures of 15,000 looks drawn by `subjects/illustrated`, captions in the grammar of
+the DreamBooth prompts, 10 % of them empty; the looks of the 30 illustrated twins left out.
+
+VAE: f = 4, 4 latent channels, trained on those pictures and on crops of the real DreamBooth
+subjects that were on disk, without the 8 held-out ones (CC-BY 4.0; `scripts/pocket/data.py` names
+them). {psnr:.1f} dB on photos of the held-out subjects (PCA 4 of 48 fitted on those photos
+themselves: {linear:.1f} dB), {renders:.1f} dB on held-out pictures.
+
+Attributes right in 500 captions, by the probe classifier: {score}.
 
 Reproduce: `python scripts/pretrain_pocket.py all --photos DIR`. Licence: Apache-2.0; it contains
 no Stable Diffusion weights.

@@ -46,7 +46,7 @@ def psnr(a: torch.Tensor, images: np.ndarray) -> float:
 
 
 def linear_baseline(images: np.ndarray, components: int = 4) -> float:
-    """PSNR of PCA on 4x4 patches (48 numbers -> ``components``), fitted on the images themselves."""
+    """PSNR of PCA on 4x4 patches (48 numbers -> ``components``), fitted on the images."""
     n, side = len(images), images.shape[1] // 4
     patches = images.reshape(n, side, 4, side, 4, 3).transpose(0, 1, 3, 2, 4, 5).reshape(-1, 48)
     mean = patches.mean(0)
