@@ -1,8 +1,8 @@
 """The Objective protocol and ``fit``: the only training loop.
 
 Randomness is a function of (seed, step, micro-batch): the global generator is seeded before every
-micro-batch and restored after every event, so a resumed run, or one with other preview and
-checkpoint intervals, sees the same noise.  The data position is a function of the step too.
+micro-batch, so a resumed run, or one with other preview and checkpoint intervals, sees the same
+noise.  The data position is a function of the step too.
 """
 
 from __future__ import annotations
@@ -93,12 +93,6 @@ def shuffled(size: int, batch_size: int, seed: int) -> Batches:
 def seed_for(*numbers: int) -> int:
     """A 63-bit seed from a tuple of integers; unrelated tuples give unrelated streams."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-@contextlib.contextmanager
-def preserved_rng() -> Iterator[None]:
-    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        yield
 
 
 @contextlib.contextmanager
@@ -203,8 +197,7 @@ def fit(
                 raise KeyboardInterrupt
             for event in events:
                 if event.due(step, last):
-                    with preserved_rng():
-                        event.run(step)
+                    event.run(step)
             if last:
                 break
 

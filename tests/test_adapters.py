@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 from torch import Tensor
 
 import tiny
@@ -136,6 +136,18 @@ def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
     assert list(header.pop("__metadata__")) == ["bksdm_tune", "format", "lora_adapter_metadata"]
     assert list(header) == sorted(header) and length % 8 == 0
     assert canonical(data) == data
+
+
+def test_the_header_is_sorted_and_the_data_stay_in_place() -> None:
+    """safetensors orders by dtype first, and its metadata by the hash of the day."""
+    tensors = {"a": torch.ones(3, dtype=torch.uint8), "b": torch.arange(2.0)}
+    data = canonical(save(tensors, {"z": "1", "y": "2", "x": "3"}))
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert list(header) == ["__metadata__", "a", "b"] and length % 8 == 0
+    assert list(header["__metadata__"]) == ["x", "y", "z"]
+    loaded = load(data)
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 
 
 def test_load_restores_bit_for_bit(tmp_path: Path) -> None:

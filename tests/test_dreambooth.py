@@ -16,9 +16,10 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from bksdm_tune.artifacts import read_manifest, verify_manifest
+from bksdm_tune.artifacts import locked, read_manifest, verify_manifest
 from bksdm_tune.cli import main
 from tiny import make_pipeline
 
@@ -192,6 +193,38 @@ def test_another_run_in_the_folder_is_refused(
     assert [path.name for path in (tmp_path / "mine").iterdir() if path.name != ".lock"] == [
         "thesis.txt"
     ]
+
+
+def test_a_second_run_is_refused_while_the_first_lives(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with locked(tmp_path / "run"):
+        assert run(backbone, tmp_path / "run", "--lora") == 2
+    assert "Another run is writing" in capsys.readouterr().err
+
+
+def test_full_disk_keeps_the_last_checkpoint(
+    backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bksdm_tune import checkpoints
+
+    real, calls = checkpoints.save_file, []
+
+    def fill_up(*arguments: object, **named: object) -> None:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+        real(*arguments, **named)
+
+    flags = ["--lora", "--checkpoint-every", "2"]
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "save_file", fill_up)
+        assert run(backbone, tmp_path / "run", *flags) == 3
+    names = {path.name for path in (tmp_path / "run").iterdir() if "checkpoint" in path.name}
+    assert names == {"checkpoint-2"}
+    assert run(backbone, tmp_path / "run", *flags) == 0
+    assert run(backbone, tmp_path / "whole", *flags) == 0
+    assert weights(tmp_path / "run") == weights(tmp_path / "whole")
 
 
 def test_config_file_reproduces_the_run(backbone: Path, tmp_path: Path) -> None:

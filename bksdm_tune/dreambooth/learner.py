@@ -24,6 +24,7 @@ from bksdm_tune.diffusion import (
 )
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.objective import Batch, DreamBooth, Predict
+from bksdm_tune.dreambooth.precision import frozen_dtype
 from bksdm_tune.dreambooth.trainables import FullWeights, LoraWeights
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Batches, shuffled
@@ -44,20 +45,6 @@ class Learner:
     trainable: LoraWeights | FullWeights
     embeds: dict[str, Tensor]
     """Prompt -> (1, tokens, width), from the untuned text encoder."""
-
-
-def precision(job: Job) -> str:
-    asked = job.config.training.precision
-    if asked != "auto":
-        return asked
-    if job.device == "cpu":
-        return "no"
-    return "bf16" if job.device == "cuda" and torch.cuda.is_bf16_supported() else "fp16"
-
-
-def frozen_dtype(job: Job) -> torch.dtype:
-    """Frozen weights are kept in half precision under mixed precision; trained ones never are."""
-    return {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision(job)]
 
 
 def moments_of(job: Job, paths: list[Path], hashes: list[str]) -> Tensor:

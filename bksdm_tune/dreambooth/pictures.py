@@ -13,6 +13,7 @@ from torch import Tensor
 from bksdm_tune.artifacts import cached, sha256_file
 from bksdm_tune.contact_sheet import contact_sheet
 from bksdm_tune.dreambooth.job import Job
+from bksdm_tune.dreambooth.precision import frozen_dtype
 from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
 from subjects.photos import open_photo
 
@@ -90,7 +91,8 @@ def preview(
         model.eval()
     known = None if text_encoder is not None else embeds
     size = job.config.training.resolution
-    with torch.autocast(job.device, enabled=job.device == "cuda"):
+    dtype = frozen_dtype(job)
+    with torch.autocast(job.device, dtype, enabled=dtype != torch.float32):
         pictures = draw(pipe, shots, batch_size(job), size, f"previews at step {step}", known)
     for model in models:
         model.train()

@@ -1,8 +1,8 @@
 """Where unset flags come from: one aligned table.
 
 ``full-size`` is the BK-SDM reference recipe with the text encoder frozen; ``bksdm`` the reference
-to the letter (protocols of nota-ai/BK-SDM's DreamBooth script); ``miniature`` was tuned on the
-pocket family (docs/dreambooth.md has the measurements).
+to the letter (nota-ai/BK-SDM's DreamBooth script); ``miniature`` is for backbones of the pocket
+family's size.
 """
 
 from __future__ import annotations

@@ -14,7 +14,8 @@ from bksdm_tune.artifacts import MANIFEST, locked, write_manifest
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
 from bksdm_tune.dreambooth.job import KINDS, Job, claim
-from bksdm_tune.dreambooth.learner import Learner, build, precision
+from bksdm_tune.dreambooth.learner import Learner, build
+from bksdm_tune.dreambooth.precision import precision
 from bksdm_tune.dreambooth.trainables import FullWeights
 from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Event, LoopSettings, fit
@@ -35,15 +36,17 @@ def train(job: Job) -> bool:
         if claim(job):
             return False
         started = time.perf_counter()
-        learner = load(job)
+        learner = load(job, *class_pictures(job))
         optimise(job, learner)
         finish(job, learner, time.perf_counter() - started)
     return True
 
 
-def load(job: Job) -> Learner:
-    images = job.config.prior.prior == "images"
-    paths, hashes = pictures.class_images(job) if images else ([], [])
+def class_pictures(job: Job) -> tuple[list[Path], list[str]]:
+    return pictures.class_images(job) if job.config.prior.prior == "images" else ([], [])
+
+
+def load(job: Job, paths: list[Path], hashes: list[str]) -> Learner:
     prompts = ["", *(shot.prompt for shot in pictures.preview_shots(job))]
     return build(job, paths, hashes, prompts)
 
@@ -141,8 +144,12 @@ def save_result(job: Job, learner: Learner) -> None:
 
 
 def dry_run(job: Job) -> str:
-    """Load everything, take two real steps, and say time, memory and disk; leaves no run folder."""
-    learner = load(job)
+    """Load everything, take two real steps, and say time, memory and disk; leaves no run folder.
+
+    The photos stand in for class images, which take long to draw and cost a step the same.
+    """
+    photos = job.photos.photos if job.config.prior.prior == "images" else ()
+    learner = load(job, [p.path for p in photos], [p.sha256 for p in photos])
     training = job.config.training
     optimiser = make_optimiser(training.optimiser, learner.trainable.parameter_groups())
     seconds = []
