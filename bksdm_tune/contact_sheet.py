@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+import textwrap
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-CELL, GAP, LABEL = 160, 6, 20
-INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (110, 110, 118)
+CELL, GAP, LABEL, CAPTION = 160, 6, 22, 32
+INK, PAPER, FAINT = (30, 30, 34), (255, 255, 255), (96, 96, 104)
+
+
+@dataclass(frozen=True)
+class Row:
+    """Pictures with a label above all and, if any, a caption below each."""
+
+    label: str
+    images: list[Image.Image]
+    captions: tuple[str, ...] = ()
+
+    @property
+    def height(self) -> int:
+        return LABEL + CELL + (CAPTION if self.captions else 0) + GAP
 
 
 def _fit(image: Image.Image) -> Image.Image:
@@ -19,18 +34,24 @@ def _fit(image: Image.Image) -> Image.Image:
     return image.resize((CELL, CELL), way)
 
 
-def contact_sheet(path: Path, title: str, rows: list[tuple[str, list[Image.Image]]]) -> None:
-    """Write a PNG with a labelled row of square cells for each of ``rows``."""
-    columns = max(len(images) for _, images in rows)
-    width = columns * (CELL + GAP) + GAP
-    height = 2 * LABEL + len(rows) * (CELL + GAP + LABEL)
-    sheet = Image.new("RGB", (width, height), PAPER)
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(13)
+def contact_sheet(path: Path, title: str, rows: list[Row]) -> None:
+    """Write a PNG with the rows one below the other."""
+    width = max(len(row.images) for row in rows) * (CELL + GAP) + GAP
+    sheet = Image.new("RGB", (width, 2 * LABEL + sum(row.height for row in rows)), PAPER)
+    pen = ImageDraw.Draw(sheet)
     pen.text((GAP, GAP), title, INK, ImageFont.load_default(16))
     y = 2 * LABEL - GAP
-    for label, images in rows:
-        pen.text((GAP, y), label, FAINT, font)
-        for column, image in enumerate(images):
-            sheet.paste(_fit(image), (GAP + column * (CELL + GAP), y + LABEL - 2))
-        y += CELL + GAP + LABEL
+    for row in rows:
+        _draw_row(sheet, pen, row, y)
+        y += row.height
     sheet.save(path)
+
+
+def _draw_row(sheet: Image.Image, pen: ImageDraw.ImageDraw, row: Row, y: int) -> None:
+    pen.text((GAP, y), row.label, INK, ImageFont.load_default(13))
+    for column, image in enumerate(row.images):
+        x = GAP + column * (CELL + GAP)
+        sheet.paste(_fit(image), (x, y + LABEL - 2))
+        if row.captions:
+            text = "\n".join(textwrap.wrap(row.captions[column], 27)[:2])
+            pen.multiline_text((x, y + LABEL + CELL), text, FAINT, ImageFont.load_default(11))

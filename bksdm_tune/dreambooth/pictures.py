@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bksdm_tune.artifacts import cached, sha256_file
-from bksdm_tune.contact_sheet import contact_sheet
+from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.precision import frozen_dtype
 from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
@@ -109,16 +109,12 @@ def sample_path(job: Job, step: int, number: int) -> Path:
 def write_contact_sheet(job: Job) -> None:
     """Photos; then each prompt before and after tuning, at the same seeds."""
     photos = [open_photo(photo.path) for photo in job.photos.photos[:8]]
-    rows = [(f"photos ({job.photo_source})", photos)]
-    count, steps = job.config.output.preview_images, job.config.training.steps
+    rows = [Row(f"photos: {job.photo_source}", photos)]
+    shots, steps = preview_shots(job), job.config.training.steps
     assert steps is not None
-    for label, step in (("before tuning", 0), ("after tuning", steps)):
-        images = [
-            Image.open(sample_path(job, step, number)).convert("RGB")
-            for number in range(count * len(job.preview_prompts))
-        ]
-        prompts = "   |   ".join(job.preview_prompts)
+    for label, step in (("before tuning", 0), ("after tuning, the same seeds", steps)):
+        images = [Image.open(sample_path(job, step, i)).convert("RGB") for i in range(len(shots))]
         if images:
-            rows.append((f"{label}: {prompts}", images))
+            rows.append(Row(label, images, tuple(shot.prompt for shot in shots)))
     title = f"{job.trigger}: {job.parts.name}, {job.method}, {steps} steps"
     contact_sheet(job.folder / "contact-sheet.png", title, rows)
