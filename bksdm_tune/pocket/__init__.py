@@ -1,7 +1,7 @@
 """The embedded miniature family: weights as data, and the folders that diffusers reads.
 
 Shared parts lie here once, in fp16: ``shared/`` (tokenizer, text encoder, VAE, scheduler, index),
-``unet-teacher`` ... ``unet-tiny``, and the encoders for scoring.  No torch is loaded.
+``unet-teacher`` ... ``unet-tiny``.  No torch is loaded.
 """
 
 from __future__ import annotations
@@ -55,11 +55,3 @@ def materialise(name: str) -> Path:
         shutil.copyfile(HERE / f"card-{size}.md", folder / "README.md")
 
     return cached("backbones", {"name": name, "files": _facts([*parts.values()])}, make)
-
-
-def encoder(name: str) -> Path:
-    """The folder of ``clip``, ``looks`` or ``probe``, in the cache, for transformers to load."""
-    source = HERE / name
-    return cached(
-        "encoders", {"name": name, "files": _facts([source])}, lambda folder: _copy(source, folder)
-    )

@@ -7,10 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import save_file
-
-from scripts.pocket import clip, looks, probe, students, unet, vae
+from scripts.pocket import clip, looks, students, unet, vae
 
 POCKET = Path(__file__).resolve().parents[2] / "bksdm_tune/pocket"
 SIZES = ("teacher", *students.SIZES)
@@ -29,16 +26,12 @@ INDEX = {
 }
 
 
-def save_half(model: torch.nn.Module, folder: Path, name: str = "") -> None:
-    """A model folder in fp16; a module without ``save_pretrained`` gets one file."""
+def save_half(model: Any, folder: Path) -> None:
+    """A model folder in fp16."""
     model.half()
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-    if name:
-        folder.mkdir(parents=True)
-        save_file(model.state_dict(), folder / name, {"format": "pt"})
-    else:
-        model.save_pretrained(folder)  # type: ignore[operator]
+    model.save_pretrained(folder)
 
 
 def run(work: Path) -> None:
@@ -55,9 +48,10 @@ def run(work: Path) -> None:
     shutil.copytree(work / "data/tokenizer", shared / "tokenizer")
     unet.scheduler().save_pretrained(shared / "scheduler")
     (shared / "model_index.json").write_text(json.dumps(INDEX, indent=2) + "\n")
-    save_half(clip.load(work), POCKET / "clip")
-    save_half(looks.load(work), POCKET / "looks")
-    save_half(probe.load(work), POCKET / "probe", "probe.safetensors")
+    for encoder in (clip, looks):  # for scoring; packed once they are trained
+        name = encoder.__name__.rpartition(".")[2]
+        if (work / name / "final").exists():
+            save_half(encoder.load(work), POCKET / name)
     total = sum(path.stat().st_size for path in POCKET.rglob("*.safetensors"))
     print(f"packed: {total:,} bytes of weights")
     if total > LIMIT:

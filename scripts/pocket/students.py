@@ -34,7 +34,8 @@ def run(work: Path) -> None:
         def batches(start: int, encoder: Any = text_encoder) -> Iterator[Any]:
             for images, tokens in token_batches(start):
                 with torch.no_grad():
-                    yield images, encoder(tokens)[0]
+                    embeds = encoder(tokens)[0]
+                yield images, embeds  # outside, or the loop would run without gradients
 
         train(
             work / f"student-{size}", objective, {"unet": student}, batches, STEPS, 5e-4,
