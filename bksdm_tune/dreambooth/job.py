@@ -8,14 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from bksdm_tune import architecture
-from bksdm_tune.artifacts import MANIFEST, cached, content_key, read_manifest, write_text_atomic
+from bksdm_tune.artifacts import MANIFEST, content_key, read_manifest, write_text_atomic
 from bksdm_tune.config import save_toml
 from bksdm_tune.dreambooth.config import Config
+from bksdm_tune.dreambooth.photos import photo_folder
 from bksdm_tune.dreambooth.recipes import filled, recipe_name
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.resolve import Parts, hash_weights, read_json, resolve, unet_config
 from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill, get_subject
-from subjects.photos import PhotoSet, find_photos, read_photos
+from subjects.photos import PhotoSet, read_photos
 
 KINDS = {True: "dreambooth-lora", False: "dreambooth-full"}
 IDENTITY = ".run.json"  # there from the first step on; the manifest only from the last
@@ -162,40 +163,6 @@ def default_folder(config: Config, parts: Parts) -> Path:
 def default_previews(noun: str) -> tuple[str, ...]:
     templates = LIVE_PROMPTS if noun in LIVE_CLASSES else OBJECT_PROMPTS
     return tuple(templates[i].replace("{0} {1}", "{subject}") for i in DEFAULT_PREVIEWS)
-
-
-def photo_folder(config: Config, resolution: int) -> tuple[Path, str]:
-    """Where the photos lie and what they are, in words.
-
-    Real photos are used where they are on disk.  Without them a miniature takes the illustrated
-    twin, which has its size, and a full-size backbone fetches the real ones.
-    """
-    who = config.who
-    if who.photos is not None:
-        return who.photos, f"your photos in {who.photos}"
-    assert who.subject is not None
-    get_subject(who.subject)
-    found = find_photos(who.subject, who.data_root)
-    if found is not None:
-        return found, f"the real DreamBooth photos in {found}"
-    if recipe_name("default", resolution) == "miniature":
-        return illustrated(who.subject), "the illustrated twin (no real photos on disk)"
-    from subjects.fetch import fetch
-
-    print(f"Fetching the DreamBooth photos of {who.subject} (hashes are verified).", flush=True)
-    root = fetch([who.subject])
-    return root / who.subject, f"the real DreamBooth photos, fetched to {root / who.subject}"
-
-
-def illustrated(name: str) -> Path:
-    """The twin's pictures as PNG files, drawn once."""
-    from subjects.illustrated.twins import TWINS, twin_photos
-
-    def draw(folder: Path) -> None:
-        for number, photo in enumerate(twin_photos(name)):
-            photo.save(folder / f"{number:02d}.png")
-
-    return cached("illustrated", {"subject": name, "look": asdict(TWINS[name])}, draw)
 
 
 def claim(job: Job) -> bool:
