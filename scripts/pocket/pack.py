@@ -27,11 +27,14 @@ INDEX = {
 
 
 def save_half(model: Any, folder: Path) -> None:
-    """A model folder in fp16."""
+    """A model folder in fp16, whose config says float32: that is what it becomes when it is used."""
     model.half()
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
     model.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    if "dtype" in config:  # transformers loads in the dtype that its config names
+        (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
 
 
 def run(work: Path) -> None:
