@@ -27,7 +27,7 @@ INDEX = {
 
 
 def save_half(model: Any, folder: Path) -> None:
-    """A model folder in fp16, whose config says float32: that is what it becomes when it is used."""
+    """A model folder in fp16; its config says float32, which it becomes when it is used."""
     model.half()
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
