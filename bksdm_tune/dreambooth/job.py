@@ -61,8 +61,13 @@ def default_backbone(device: str) -> str:
 
 def native_resolution(parts: Parts) -> int:
     """Pixels: the U-Net's latent size times the VAE's downsampling."""
+    return int(unet_config(parts)["sample_size"]) * vae_factor(parts)
+
+
+def vae_factor(parts: Parts) -> int:
+    """Pixels per latent, along one side."""
     blocks = read_json(parts.root / "vae" / "config.json")["block_out_channels"]
-    return int(unet_config(parts)["sample_size"]) * 2 ** (len(blocks) - 1)
+    return 2 ** (len(blocks) - 1)
 
 
 def prepare(config: Config, device: str) -> Job:
@@ -127,9 +132,8 @@ def _identity(config: Config) -> dict[str, Any]:
 
 
 def check_resolution(config: Config, parts: Parts) -> None:
-    blocks = read_json(parts.root / "vae" / "config.json")["block_out_channels"]
     stages = len(unet_config(parts)["block_out_channels"])
-    multiple = 2 ** (len(blocks) - 1 + stages - 1)
+    multiple = vae_factor(parts) * 2 ** (stages - 1)
     side = config.training.resolution
     assert side is not None
     if side % multiple:
