@@ -297,3 +297,14 @@ def test_wrong_flags_are_refused_before_anything_loads(backbone: Path, tmp_path:
             code = error.code  # type: ignore[assignment]
         assert code == 2
         assert not (tmp_path / "run").exists()
+
+
+def test_an_old_vae_config_without_scaling_factor_takes_the_default(tmp_path: Path) -> None:
+    from bksdm_tune.dreambooth.learner import scaling_factor
+
+    vae = make_pipeline(tmp_path / "old") / "vae"
+    assert scaling_factor(vae) == 0.3
+    config = json.loads((vae / "config.json").read_text())
+    del config["scaling_factor"]
+    (vae / "config.json").write_text(json.dumps(config))
+    assert scaling_factor(vae) == 0.18215

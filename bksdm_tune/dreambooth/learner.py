@@ -89,18 +89,16 @@ def build(
     embeds = embed_prompts(job, [job.instance_prompt, job.class_prompt, *prompts])
     unet = load_unet(job)
     text_encoder = load_part(job.parts, "text_encoder").to(job.device) if trains_text(job) else None
-    before = (copy.deepcopy(unet), None) if needs_copy(job) else (unet, text_encoder)
+    before = copy.deepcopy(unet) if needs_copy(job) else unet
     trainable = make_trainable(job, unet, text_encoder)
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     objective = DreamBooth(
         unet=unet,
         noising=Noising(scheduler, config.training.offset_noise),
-        scaling_factor=load_scaling_factor(job),
+        scaling_factor=scaling_factor(job.parts.root / "vae"),
         conditions=make_conditions(job, text_encoder, embeds),
-        untuned=make_untuned(job, before[0], embeds)
-        if config.prior.prior == "prediction"
-        else None,
+        untuned=make_untuned(job, before, embeds) if config.prior.prior == "prediction" else None,
         prior_weight=config.prior.prior_weight,
         min_snr_gamma=config.training.min_snr_gamma,
     )
@@ -131,10 +129,13 @@ def load_unet(job: Job) -> Any:
     return unet
 
 
-def load_scaling_factor(job: Job) -> float:
+def scaling_factor(folder: Path) -> float:
+    """Of a VAE's config; the class's own default where an old config, SD-v1.4's, names none."""
     from diffusers import AutoencoderKL
 
-    return float(AutoencoderKL.load_config(job.parts.root / "vae")["scaling_factor"])
+    with torch.device("meta"):
+        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
+    return float(vae.config.scaling_factor)
 
 
 def make_trainable(job: Job, unet: Any, text_encoder: Any | None) -> LoraWeights | FullWeights:
