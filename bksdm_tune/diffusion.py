@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from bksdm_tune.errors import DataError
+from bksdm_tune.processes import my_share
 
 
 @dataclass(frozen=True)
@@ -30,11 +31,11 @@ class Noising:
 
     def __call__(self, latents: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled latents NCHW -> (noisy latents NCHW, timesteps (N,) int64, target NCHW)."""
-        noise = torch.randn_like(latents)
+        noise = gaussian_like(latents)
         if self.offset_noise:
-            noise = noise + self.offset_noise * torch.randn_like(latents[:, :, :1, :1])
-        steps = self.scheduler.config.num_train_timesteps
-        timesteps = torch.randint(0, steps, (len(latents),), device=latents.device)
+            noise = noise + self.offset_noise * gaussian_like(latents[:, :, :1, :1])
+        steps, device = self.scheduler.config.num_train_timesteps, latents.device
+        timesteps = my_share(lambda n: torch.randint(0, steps, (n,), device=device), len(latents))
         noisy = self.scheduler.add_noise(latents, noise, timesteps)
         if self.scheduler.config.prediction_type == "epsilon":
             return noisy, timesteps, noise
@@ -47,6 +48,12 @@ class Noising:
         snr = alphas / (1 - alphas)
         velocity = self.scheduler.config.prediction_type == "v_prediction"
         return (snr.clamp(max=gamma) / (snr + 1 if velocity else snr)).float()
+
+
+def gaussian_like(tensor: Tensor) -> Tensor:
+    """Standard normal numbers in the shape of a batch, of whose rows this process holds a share."""
+    shape, options = tensor.shape[1:], {"dtype": tensor.dtype, "device": tensor.device}
+    return my_share(lambda n: torch.randn((n, *shape), **options), len(tensor))
 
 
 def training_scheduler(config: dict[str, Any]) -> DDPMScheduler:
@@ -64,16 +71,24 @@ def training_scheduler(config: dict[str, Any]) -> DDPMScheduler:
     return scheduler
 
 
-def to_pixels(image: Image.Image, resolution: int) -> Tensor:
-    """RGB picture -> short side ``resolution`` (bicubic), centre crop; float32 CHW in -1..1."""
+def crop(image: Image.Image, resolution: int) -> np.ndarray:
+    """RGB picture -> short side ``resolution`` (bicubic), centre crop; uint8 HWC."""
     width, height = image.size
     scale = resolution / min(width, height)
     size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    image = image.crop((left, top, left + resolution, top + resolution))
-    array = torch.from_numpy(np.array(image, dtype=np.float32))
-    return array.permute(2, 0, 1) / 127.5 - 1
+    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+
+
+def unit_range(pixels: Tensor) -> Tensor:
+    """uint8 in 0..255 -> float32 in -1..1."""
+    return pixels.float() / 127.5 - 1
+
+
+def to_pixels(image: Image.Image, resolution: int) -> Tensor:
+    """As :func:`crop`; float32 CHW in -1..1."""
+    return unit_range(torch.from_numpy(crop(image, resolution)).permute(2, 0, 1))
 
 
 @torch.inference_mode()
@@ -89,7 +104,7 @@ def latent_moments(vae: AutoencoderKL, pixels: Tensor) -> Tensor:
 def sample_latents(moments: Tensor, scaling_factor: float) -> Tensor:
     """Draw scaled latents NCHW from cached moments, with the global generator."""
     mean, std = moments[:, 0], moments[:, 1]
-    return (mean + std * torch.randn_like(mean)) * scaling_factor
+    return (mean + std * gaussian_like(mean)) * scaling_factor
 
 
 def tokenise(tokenizer: Any, prompts: list[str]) -> Tensor:

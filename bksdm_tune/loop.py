@@ -2,7 +2,8 @@
 
 Randomness is a function of (seed, step, micro-batch): the global generator is seeded before every
 micro-batch, so a resumed run, or one with other preview and checkpoint intervals, sees the same
-noise.  The data position is a function of the step too.
+noise.  The data position is a function of the step too.  Of several processes each takes its share
+of the same batch and noise (processes.py); the first one writes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import signal
 import threading
 import time
@@ -22,12 +24,14 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from bksdm_tune import processes
 from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
 from bksdm_tune.errors import DataError
 from bksdm_tune.optim import EMA
 
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
+Tracker = Callable[[int, dict[str, float]], None]
 
 
 class Objective(Protocol):
@@ -119,17 +123,20 @@ def deferred_interrupt() -> Iterator[Callable[[], bool]]:
 
 
 class Log:
-    """``log.jsonl``: one line a step; on resume, lines past the checkpoint are dropped."""
+    """``log.jsonl``: one line a step, by the first process; on resume, lines past the checkpoint
+    are dropped."""
 
     def __init__(self, path: Path, step: int) -> None:
+        if processes.rank():
+            path = Path(os.devnull)
         lines = path.read_text().splitlines() if path.is_file() else []
         kept = []
         for line in lines:
             with contextlib.suppress(json.JSONDecodeError):
                 if json.loads(line)["step"] <= step:
                     kept.append(line)
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = open(path, "a", buffering=1)  # noqa: SIM115
+        self.file = open(path, "a" if path.is_char_device() else "w", buffering=1)  # noqa: SIM115
+        self.file.writelines(line + "\n" for line in kept)
 
     def write(self, **facts: Any) -> None:
         self.file.write(json.dumps(facts) + "\n")
@@ -153,11 +160,14 @@ def fit(
     ema: EMA | None = None,
     events: tuple[Event, ...] = (),
     title: str = "training",
+    trackers: tuple[Tracker, ...] = (),
 ) -> None:
     """Train until ``settings.steps``, resuming from the newest checkpoint in ``folder``.
 
-    ``batches(i)`` iterates over micro-batches from number ``i`` on.  The last state is always
-    checkpointed.  After the last step the EMA, if any, is copied into the parameters.
+    ``batches(i)`` iterates over this process's micro-batches from number ``i`` on; gradients and
+    losses are averaged over the processes once a step.  The last state is always checkpointed.
+    After the last step the EMA, if any, is copied into the parameters.  ``trackers`` get the step
+    and what is logged, in the first process.
 
     Raises:
         DataError: a loss or gradient is not finite (fp16's scaler skips the latter's step); the
@@ -182,21 +192,24 @@ def fit(
     assert step <= settings.steps, f"{folder} is past step {settings.steps}"
 
     def checkpoint() -> None:
-        state = {name: part.state_dict() for name, part in stateful.items()}
-        save_checkpoint(folder, step, state, trainable.save, settings.keep)
+        if processes.rank() == 0:
+            state = {name: part.state_dict() for name, part in stateful.items()}
+            save_checkpoint(folder, step, state, trainable.save, settings.keep)
+        processes.wait()
 
-    first, stream = step, batches(step * settings.accumulation)
+    first, stream, stop = step, batches(step * settings.accumulation), 0.0
     log = Log(folder / "log.jsonl", step)
-    bar = tqdm(total=settings.steps, initial=step, desc=title, unit="step", disable=None)
+    quiet = True if processes.rank() else None  # None: quiet where there is no terminal
+    bar = tqdm(total=settings.steps, initial=step, desc=title, unit="step", disable=quiet)
     with deferred_interrupt() as interrupted, contextlib.closing(log.file), bar:
         while True:
             last = step == settings.steps
-            if step > first and (last or interrupted() or step % settings.checkpoint_every == 0):
+            if step > first and (last or stop or step % settings.checkpoint_every == 0):
                 checkpoint()
-            if interrupted():
+            if stop:
                 raise KeyboardInterrupt
             for event in events:
-                if event.due(step, last):
+                if processes.rank() == 0 and event.due(step, last):
                     event.run(step)
             if last:
                 break
@@ -210,9 +223,12 @@ def fit(
                 for name, value in losses.items():
                     share = value.detach().float() / settings.accumulation
                     totals[name] = totals[name] + share if name in totals else share
+            processes.average_gradients(parameters)
             scaler.unscale_(optimiser)
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
-            *values, length = torch.stack([*totals.values(), norm]).tolist()  # one wait a step
+            asked = norm.new_tensor(float(interrupted()))
+            facts = processes.mean(torch.stack([*totals.values(), norm, asked]))
+            *values, length, stop = facts.tolist()  # the only wait for the device in a step
             numbers = dict(zip(totals, values, strict=True))
             if not (
                 math.isfinite(numbers["loss"]) and (scaler.is_enabled() or math.isfinite(length))
@@ -230,7 +246,10 @@ def fit(
                 ema.update()
             step += 1
             seconds = time.perf_counter() - started
-            log.write(step=step, seconds=round(seconds, 4), lr=schedule.get_last_lr()[0], **numbers)
+            rate = schedule.get_last_lr()[0]
+            log.write(step=step, seconds=round(seconds, 4), lr=rate, **numbers)
+            for tracker in trackers if processes.rank() == 0 else ():
+                tracker(step, numbers | {"lr": rate})
             bar.update()
             bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
     if ema is not None:

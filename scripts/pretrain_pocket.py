@@ -1,6 +1,8 @@
 """Pre-train the pocket family, stage by stage; type the same command again to resume.
 
     python scripts/pretrain_pocket.py all --photos DIR     (folders of the DreamBooth subjects)
+    python scripts/pretrain_pocket.py data warm vae unet students pack --photos DIR
+                                                           (on from the shipped weights)
 
 State lies in ``work/pocket`` (git ignores it).  ``pack`` writes ``bksdm_tune/pocket``.
 """
@@ -21,7 +23,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("stages", nargs="+", choices=("all", *STAGES))
+    parser.add_argument("stages", nargs="+", choices=("all", "warm", *STAGES))
     parser.add_argument("--work", type=Path, default=Path("work/pocket"))
     parser.add_argument("--photos", type=Path, help="real photos for the VAE (stage data)")
     options = parser.parse_args()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import struct
@@ -40,26 +41,27 @@ class PhotoSet:
 
 
 def open_photo(path: Path) -> Image.Image:
+    """As :func:`decode_photo`; the error names the path."""
+    try:
+        return decode_photo(path)
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+
+
+def decode_photo(file: Path | bytes) -> Image.Image:
     """Decode to 8-bit RGB: whole file, EXIF orientation, alpha over white, 16-bit / 257.
 
     Of an animation, the first frame.  Source: protocols.md 2.3.
 
     Raises:
-        DataError: the file cannot be decoded completely.
+        DataError: the file, or the bytes of one, cannot be decoded completely.
     """
     try:
-        return _decode(path)
-    except DataError as error:
-        raise DataError(f"{path}: {error}") from None
-
-
-def _decode(path: Path) -> Image.Image:
-    try:
-        with Image.open(path, formats=FORMATS) as image:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", FORMATS) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:
-        empty = path.stat().st_size == 0
+        empty = not file if isinstance(file, bytes) else file.stat().st_size == 0
         raise DataError("is empty" if empty else f"is not a {', '.join(FORMATS)} image") from None
     except Image.DecompressionBombError:
         raise DataError("has too many pixels to be a photo; make it smaller") from None
@@ -135,7 +137,7 @@ def read_photos(folder: Path, minimum_side: int) -> PhotoSet:
 
 
 def _read_photo(path: Path, minimum_side: int, earlier: list[Photo]) -> Photo:
-    size = _decode(path).size
+    size = decode_photo(path).size
     if min(size) < minimum_side:
         raise DataError(f"is {size[0]}x{size[1]}; the shorter side needs {minimum_side} pixels")
     sha256 = sha256_file(path)

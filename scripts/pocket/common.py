@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,11 +52,16 @@ def train(
     ema_decay: float | None = None,
     events: tuple[Event, ...] = (),
 ) -> None:
-    """Train to the end (EMA copied in) and leave ``final/<module>.safetensors`` in ``folder``."""
+    """Train to the end (EMA copied in) and leave ``final/<module>.safetensors`` in ``folder``.
+
+    Begins from ``folder/start`` where stage ``warm`` left weights there.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     if isinstance(learning_rates, float):
         learning_rates = dict.fromkeys(modules, learning_rates)
     trainable = Modules(modules, learning_rates)
+    if (folder / "start").exists():
+        trainable.load(folder / "start")
     groups = trainable.parameter_groups()
     optimiser = make_optimiser("adamw", groups)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: trapezoid(step, steps))
@@ -65,6 +71,15 @@ def train(
     fit(objective, trainable, batches, optimiser, decay, settings, folder, ema, events, folder.name)
     (folder / "final").mkdir(exist_ok=True)
     trainable.save(folder / "final")
+
+
+def training(folder: Path) -> dict[str, float]:
+    """Steps and hours that the weights in ``folder/final`` have seen, earlier versions included."""
+    lines = (folder / "log.jsonl").read_text().splitlines()
+    hours = sum(json.loads(line)["seconds"] for line in lines) / 3600
+    start = folder / "start/training.json"
+    before = json.loads(start.read_text()) if start.exists() else {"steps": 0, "hours": 0.0}
+    return {"steps": before["steps"] + len(lines), "hours": round(before["hours"] + hours, 2)}
 
 
 def restore(folder: Path, modules: dict[str, torch.nn.Module]) -> None:

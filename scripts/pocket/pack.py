@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from scripts.pocket import clip, looks, students, unet, vae
+from scripts.pocket.common import training
 
 POCKET = Path(__file__).resolve().parents[2] / "bksdm_tune/pocket"
 SIZES = ("teacher", *students.SIZES)
@@ -64,31 +65,28 @@ def run(work: Path) -> None:
 
 def facts(work: Path) -> dict[str, Any]:
     stages = ("vae", "clip", "looks", "probe", "family")
-    return {
+    known = {
         stage: json.loads((work / stage / "report.json").read_text())
         for stage in stages
         if (work / stage / "report.json").exists()
     }
-
-
-def hours(work: Path, stage: str) -> float:
-    lines = (work / stage / "log.jsonl").read_text().splitlines()
-    return sum(json.loads(line)["seconds"] for line in lines) / 3600
+    trained = [path.parent for path in sorted(work.glob("*/log.jsonl"))]
+    return known | {"training": {folder.name: training(folder) for folder in trained}}
 
 
 def write_cards(work: Path) -> None:
     known = facts(work)
     for size in SIZES:
         stage = "unet" if size == "teacher" else f"student-{size}"
-        steps = unet.STEPS if size == "teacher" else students.STEPS
+        seen = known["training"][stage]
         rows = known.get("family", {}).get(size, {})
         score = ", ".join(f"{key} {value:.1%}" for key, value in rows.items())
         (POCKET / f"card-{size}.md").write_text(
             CARD.format(
                 size=size,
                 how=TEACHER_HOW if size == "teacher" else STUDENT_HOW.format(size=size),
-                steps=steps,
-                hours=hours(work, stage),
+                steps=seen["steps"],
+                hours=seen["hours"],
                 score=score or "not measured",
                 psnr=known["vae"]["psnr_real_heldout"],
                 linear=known["vae"]["psnr_real_linear_4_of_48"],

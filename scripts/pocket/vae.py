@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from bksdm_tune.loop import shuffled
 from scripts.pocket.common import pixels, restore, train
 
-STEPS, WORLD, REAL = 1_600, 8, 8
+STEPS, WORLD, REAL = 2_000, 8, 8
 
 
 def make() -> AutoencoderKL:
@@ -99,7 +99,6 @@ def report(work: Path) -> None:
         "psnr_renders_heldout": psnr(reconstruct(vae, renders), renders),
         "scaling_factor": round(1 / float(latents.std()), 4),
         "parameters": sum(p.numel() for p in vae.parameters()),
-        "steps": STEPS,
     }
     (work / "vae/report.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))

@@ -1,0 +1,149 @@
+"""Decoding in worker processes: rows in, batches of pixels and captions out, in order.
+
+Rows travel to the workers as they are (paths or bytes), so a stream is read once and only the
+workers ever decode.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from bksdm_tune import processes
+from bksdm_tune.diffusion import crop
+from bksdm_tune.errors import DataError
+from distill.data import Row, Source, coin
+from subjects.photos import decode_photo
+
+FLIP = 1  # names the coin, see distill.data.coin
+
+
+class Item(NamedTuple):
+    """What a worker gets: a row, and whether its picture is mirrored."""
+
+    row: Row
+    flip: bool
+
+
+class Pictures(NamedTuple):
+    """A decoded batch: ``pixels`` uint8 NCHW and ``captions`` of the good rows."""
+
+    pixels: Tensor
+    captions: list[str]
+    names: list[str]
+    places: list[int]
+    """Which of the batch's rows the good ones were."""
+    bad: list[tuple[str, str]]
+    """Name and reason of the others."""
+
+    def filled(self, size: int) -> Pictures:
+        """``size`` pictures: a bad one's place is taken by the next good one of its batch."""
+        if len(self.places) == size or not self.places:
+            return self
+        order = [
+            min(range(len(self.places)), key=lambda i: (self.places[i] - place) % size)
+            for place in range(size)
+        ]
+        pick = [[column[i] for i in order] for column in (self.captions, self.names)]
+        return Pictures(self.pixels[order], pick[0], pick[1], list(range(size)), self.bad)
+
+
+class Decoder(Dataset[tuple[Item, Tensor | str]]):
+    """Item -> the item and its pixels, uint8 CHW, or the reason why there are none."""
+
+    def __init__(self, resolution: int) -> None:
+        self.resolution = resolution
+
+    def __getitem__(self, item: Item) -> tuple[Item, Tensor | str]:
+        try:
+            pixels = crop(decode_photo(item.row.image), self.resolution)
+        except DataError as error:
+            return item, str(error)
+        return item, torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1] if item.flip else pixels))
+
+
+def collate(decoded: list[tuple[Item, Tensor | str]]) -> Pictures:
+    good = [i for i, (_, pixels) in enumerate(decoded) if isinstance(pixels, Tensor)]
+    bad = [(item.row.name, reason) for item, reason in decoded if isinstance(reason, str)]
+    images = [pixels.permute(2, 0, 1) for _, pixels in decoded if isinstance(pixels, Tensor)]
+    return Pictures(
+        torch.stack(images) if images else torch.empty(0, dtype=torch.uint8),
+        [decoded[i][0].row.caption for i in good],
+        [decoded[i][0].row.name for i in good],
+        good,
+        bad,
+    )
+
+
+def decode(
+    batches: Iterable[list[Item]], resolution: int, workers: int, pin: bool = False
+) -> Iterator[Pictures]:
+    """Decode batches of items in order; the workers run a few batches ahead, no more."""
+    return iter(
+        DataLoader(
+            Decoder(resolution),
+            batch_sampler=batches,  # type: ignore[arg-type]  # the "indices" are the rows
+            num_workers=workers,
+            collate_fn=collate,
+            pin_memory=pin,
+        )
+    )
+
+
+def training_items(
+    source: Source, batch_size: int, seed: int, start: int, flip: bool = True
+) -> Iterator[list[Item]]:
+    """Micro-batches from number ``start`` on: this process's share of the one global order."""
+    together = batch_size * processes.count()
+    first = batch_size * processes.rank()
+    position = start * together
+    rows = source.endless(seed, position)
+    while True:
+        batch = [
+            Item(row, flip and coin(seed, position + i, 0.5, FLIP))
+            for i, row in enumerate(itertools.islice(rows, together))
+        ]
+        position += together
+        yield batch[first : first + batch_size]
+
+
+def passing(rows: Iterable[Row], batch_size: int) -> Iterator[list[Item]]:
+    """Rows as they come, unmirrored, in batches."""
+    stream = iter(rows)
+    while batch := [Item(row, False) for row in itertools.islice(stream, batch_size)]:
+        yield batch
+
+
+@dataclass
+class Skipped:
+    """Counts and lists what could not be used; too large a share of it stops the run."""
+
+    path: Path
+    limit: float
+    seen: int = 0
+    names: set[str] = field(default_factory=set)
+
+    def note(self, rows: int, bad: list[tuple[str, str]]) -> None:
+        """Raises DataError: more than ``limit`` of the rows seen so far are bad."""
+        self.seen += rows
+        new = [(name, reason) for name, reason in bad if name not in self.names]
+        if not new:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            for name, reason in new:
+                file.write(json.dumps({"name": name, "reason": reason}) + "\n")
+        self.names |= {name for name, _ in new}
+        if len(self.names) > max(1, self.limit * max(self.seen, 100)):
+            raise DataError(
+                f"{len(self.names)} of the first {self.seen} images are broken, more than the "
+                f"share {self.limit:g} that --max-broken allows; {self.path} lists them."
+            )
