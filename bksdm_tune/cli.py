@@ -35,6 +35,8 @@ class Verb(NamedTuple):
 VERBS = (
     Verb("backbones",  "bksdm_tune.backbones_command",  "list the models to tune"),
     Verb("build",      "distill.build",                 "cut a student out of a teacher"),
+    Verb("cache",      "distill.cache_command",         "compute a data set's latents once"),
+    Verb("distill",    "distill.command",               "train a student to do as its teacher"),
     Verb("subjects",   "subjects.command",              "list, fetch, check the 30 subjects"),
     Verb("dreambooth", "bksdm_tune.dreambooth.command", "teach a model one subject"),
     Verb("generate",   "bksdm_tune.generate",           "draw pictures with what was tuned"),

@@ -52,8 +52,8 @@ class Noising:
 
 def gaussian_like(tensor: Tensor) -> Tensor:
     """Standard normal numbers in the shape of a batch, of whose rows this process holds a share."""
-    shape, options = tensor.shape[1:], {"dtype": tensor.dtype, "device": tensor.device}
-    return my_share(lambda n: torch.randn((n, *shape), **options), len(tensor))
+    shape, dtype, device = tensor.shape[1:], tensor.dtype, tensor.device
+    return my_share(lambda n: torch.randn((n, *shape), dtype=dtype, device=device), len(tensor))
 
 
 def training_scheduler(config: dict[str, Any]) -> DDPMScheduler:

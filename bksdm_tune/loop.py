@@ -28,6 +28,7 @@ from bksdm_tune import processes
 from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
 from bksdm_tune.errors import DataError
 from bksdm_tune.optim import EMA
+from bksdm_tune.precision import at_least_single
 
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
@@ -221,7 +222,7 @@ def fit(
                     losses = objective(next(stream))
                 scaler.scale(losses["loss"] / settings.accumulation).backward()
                 for name, value in losses.items():
-                    share = value.detach().float() / settings.accumulation
+                    share = at_least_single(value.detach()) / settings.accumulation
                     totals[name] = totals[name] + share if name in totals else share
             processes.average_gradients(parameters)
             scaler.unscale_(optimiser)

@@ -10,7 +10,7 @@ import torch
 
 def peak_memory_gb(device: str) -> float:
     """GB (1e9 bytes) since the process began."""
-    if device == "cuda":
+    if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9

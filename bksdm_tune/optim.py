@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -79,6 +81,17 @@ class EMA:
     @torch.no_grad()
     def copy_to_parameters(self) -> None:
         torch._foreach_copy_([p.data for p in self.parameters], self.shadow)
+
+    @contextlib.contextmanager
+    def swapped_in(self) -> Iterator[None]:
+        """The averaged weights in the model, for a look at them."""
+        raw = [p.detach().clone() for p in self.parameters]
+        self.copy_to_parameters()
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_([p.data for p in self.parameters], raw)
 
     def state_dict(self) -> dict[str, Any]:
         return {"updates": self.updates, "shadow": self.shadow}

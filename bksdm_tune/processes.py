@@ -80,6 +80,19 @@ def mean(tensor: Tensor) -> Tensor:
     return tensor
 
 
+def first_says(answer: bool) -> bool:
+    """The first process's answer, in all of them.
+
+    Raises:
+        DataError: another process of the job has ended.
+    """
+    if count() == 1:
+        return answer
+    said = [answer]
+    _guarded(lambda: distributed.broadcast_object_list(said))
+    return said[0]
+
+
 def wait() -> None:
     """Until every process is here.
 

@@ -93,6 +93,15 @@ def hash_weights(folder: Path) -> str:
     return content_key({path.name: sha256_file(path) for path in files})
 
 
+def hash_parts(parts: Parts) -> dict[str, str]:
+    """Content keys of the models that decide what a run learns."""
+    return {
+        "unet": hash_weights(parts.unet),
+        "vae": hash_weights(parts.root / "vae"),
+        "text_encoder": hash_weights(parts.root / "text_encoder"),
+    }
+
+
 def _registered_folder(row: Backbone) -> Path:
     if row.source != EMBEDDED:
         return hub_folder(row.source)

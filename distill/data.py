@@ -64,7 +64,8 @@ class Folder:
             raise DataError(f"{metadata} needs a column file_name; it has {', '.join(rows[0])}.")
         pairs = [(str(row["file_name"]), str(row[column] or "").strip()) for row in rows]
         self.root, self.rows = root, [pair for pair in pairs if pair[1]]
-        self.size, self.empty = len(self.rows), len(pairs) - len(self.rows)
+        self.size: int | None = len(self.rows)
+        self.empty = len(pairs) - len(self.rows)
         self.facts = {"folder": self.rows}
         if not self.rows:
             raise DataError(f"{metadata}: every caption in column {column!r} is empty.")
@@ -74,10 +75,10 @@ class Folder:
         return Row(name, self.root / name, caption)
 
     def once(self, start: int = 0) -> Iterator[Row]:
-        return (self[number] for number in range(start, self.size))
+        return (self[number] for number in range(start, len(self.rows)))
 
     def endless(self, seed: int, start: int = 0) -> Iterator[Row]:
-        return (self[int(number)] for (number,) in shuffled(self.size, 1, seed)(start))
+        return (self[int(number)] for (number,) in shuffled(len(self.rows), 1, seed)(start))
 
 
 class Stream:
@@ -86,7 +87,7 @@ class Stream:
     To start in the middle, the rows before are read (not decoded) and dropped.
     """
 
-    size = None
+    size: int | None = None
 
     def __init__(self, dataset: Any, facts: dict[str, Any], columns: tuple[str, str]) -> None:
         self.dataset, self.facts, (self.image, self.caption) = dataset, facts, columns
@@ -96,7 +97,11 @@ class Stream:
         return self._rows(self.dataset, start)
 
     def endless(self, seed: int, start: int = 0) -> Iterator[Row]:
-        shuffling, epoch, position = self.dataset.shuffle(seed, SHUFFLE_BUFFER), 0, 0
+        shuffling, epoch, position = (
+            self.dataset.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER),
+            0,
+            0,
+        )
         while True:
             shuffling.set_epoch(epoch)
             before = position
@@ -189,7 +194,9 @@ def _load(kind: str, **files: Any) -> Any:
     try:
         return load_dataset(kind, split="train", streaming=True, **files)
     except Exception as error:  # the library and its file systems raise their own
-        raise DataError(f"--data {kind}: cannot be read ({type(error).__name__}: {error})") from None
+        raise DataError(
+            f"--data {kind}: cannot be read ({type(error).__name__}: {error})"
+        ) from None
 
 
 def _stream(

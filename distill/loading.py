@@ -68,7 +68,9 @@ class Decoder(Dataset[tuple[Item, Tensor | str]]):
             pixels = crop(decode_photo(item.row.image), self.resolution)
         except DataError as error:
             return item, str(error)
-        return item, torch.from_numpy(np.ascontiguousarray(pixels[:, ::-1] if item.flip else pixels))
+        return item, torch.from_numpy(
+            np.ascontiguousarray(pixels[:, ::-1] if item.flip else pixels)
+        )
 
 
 def collate(decoded: list[tuple[Item, Tensor | str]]) -> Pictures:
@@ -91,7 +93,7 @@ def decode(
     return iter(
         DataLoader(
             Decoder(resolution),
-            batch_sampler=batches,  # type: ignore[arg-type]  # the "indices" are the rows
+            batch_sampler=batches,  # the "indices" are the rows themselves
             num_workers=workers,
             collate_fn=collate,
             pin_memory=pin,

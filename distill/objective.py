@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bksdm_tune.diffusion import Noising
+from bksdm_tune.precision import at_least_single
 
 
 class Features:
@@ -24,17 +25,22 @@ class Features:
 
     def __init__(self, unet: UNet2DConditionModel, paths: list[str]) -> None:
         self.collected: dict[str, Tensor] = {}
+        self.wanted = True  # not while gradient checkpointing runs layers a second time
         for path in paths:
             unet.get_submodule(path).register_forward_hook(self._hook(path))
 
     def _hook(self, path: str) -> Any:
         def keep(module: torch.nn.Module, inputs: Any, output: Any) -> None:
-            self.collected[path] = output[0] if isinstance(output, tuple) else output
+            if self.wanted:
+                self.collected[path] = output[0] if isinstance(output, tuple) else output
 
         return keep
 
+    def start(self) -> None:
+        self.wanted = True
+
     def take(self) -> dict[str, Tensor]:
-        taken, self.collected = self.collected, {}
+        taken, self.collected, self.wanted = self.collected, {}, False
         return taken
 
 
@@ -52,6 +58,8 @@ class Distillation:
     lambda_task: float = 1.0
     lambda_out: float = 1.0
     lambda_feat: float = 1.0
+    min_snr_gamma: float | None = None
+    """Min-SNR weights of the task and output terms, which are errors of predictions."""
     _features: tuple[Features, Features] | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -66,27 +74,37 @@ class Distillation:
     def __call__(self, batch: tuple[Tensor, Tensor]) -> dict[str, Tensor]:
         latents, prompt_embeds = batch
         noisy, timesteps, target = self.noising(latents)
-        predicted = self.student(noisy, timesteps, prompt_embeds).sample.float()
+        for side in self._features or ():
+            side.start()
+        predicted = at_least_single(self.student(noisy, timesteps, prompt_embeds).sample)
         losses, total = {}, torch.zeros((), device=latents.device)
         if self.lambda_task:
-            losses["task"] = F.mse_loss(predicted, target.float())
+            losses["task"] = self.error(predicted, at_least_single(target), timesteps)
             total = total + self.lambda_task * losses["task"]
         if self.lambda_out or self.lambda_feat:
-            with torch.no_grad():
-                taught = self.teacher(noisy, timesteps, prompt_embeds).sample.float()
+            dtype = self.teacher.dtype
+            with torch.no_grad():  # not inference_mode: the losses save what it gives
+                taught = self.teacher(noisy.to(dtype), timesteps, prompt_embeds.to(dtype)).sample
+            taught = at_least_single(taught)
         if self.lambda_out:
-            losses["out"] = F.mse_loss(predicted, taught)
+            losses["out"] = self.error(predicted, taught, timesteps)
             total = total + self.lambda_out * losses["out"]
         if self._features is not None:
             losses["feat"] = self.feature_loss()
             total = total + self.lambda_feat * losses["feat"]
         return losses | {"loss": total}
 
+    def error(self, predicted: Tensor, wanted: Tensor, timesteps: Tensor) -> Tensor:
+        if self.min_snr_gamma is None:
+            return F.mse_loss(predicted, wanted)
+        weights = self.noising.min_snr_weights(timesteps, self.min_snr_gamma)
+        return (weights * (predicted - wanted).square().mean((1, 2, 3))).mean()
+
     def feature_loss(self) -> Tensor:
         assert self._features is not None
         taught, learned = (side.take() for side in self._features)
         terms = [
-            F.mse_loss(learned[student].float(), taught[teacher].float())
+            F.mse_loss(at_least_single(learned[student]), at_least_single(taught[teacher]))
             for teacher, student in self.pairs
         ]
         return torch.stack(terms).sum()

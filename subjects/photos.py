@@ -57,7 +57,9 @@ def decode_photo(file: Path | bytes) -> Image.Image:
         DataError: the file, or the bytes of one, cannot be decoded completely.
     """
     try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file, "r", FORMATS) as image:
+        with Image.open(
+            io.BytesIO(file) if isinstance(file, bytes) else file, "r", FORMATS
+        ) as image:
             image.load()
             return _to_rgb(ImageOps.exif_transpose(image))
     except Image.UnidentifiedImageError:

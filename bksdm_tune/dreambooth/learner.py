@@ -24,12 +24,13 @@ from bksdm_tune.diffusion import (
 )
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.objective import Batch, DreamBooth, Predict
-from bksdm_tune.dreambooth.precision import frozen_dtype
-from bksdm_tune.dreambooth.trainables import FullWeights, LoraWeights
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Batches, shuffled
 from bksdm_tune.pipeline import load_part
+from bksdm_tune.pipeline_folder import scaling_factor
+from bksdm_tune.precision import frozen_dtype
 from bksdm_tune.resolve import unet_config
+from bksdm_tune.trainables import FullWeights, LoraWeights
 from subjects.photos import open_photo
 
 
@@ -117,7 +118,8 @@ def needs_copy(job: Job) -> bool:
 
 def load_unet(job: Job) -> Any:
     """Frozen under a LoRA, so in half precision where mixed; float32 master weights otherwise."""
-    dtype = frozen_dtype(job) if job.config.model.lora else torch.float32
+    half = frozen_dtype(job.config.training.precision, job.device)
+    dtype = half if job.config.model.lora else torch.float32
     unet = load_part(job.parts, "unet", dtype).to(job.device)
     if job.config.training.attention == "xformers":
         try:
@@ -127,15 +129,6 @@ def load_unet(job: Job) -> Any:
                 f"--attention xformers does not load here ({error}); use --attention sdpa."
             ) from None
     return unet
-
-
-def scaling_factor(folder: Path) -> float:
-    """Of a VAE's config; the class's own default where an old config, SD-v1.4's, names none."""
-    from diffusers import AutoencoderKL
-
-    with torch.device("meta"):
-        vae = AutoencoderKL.from_config(AutoencoderKL.load_config(folder))
-    return float(vae.config.scaling_factor)
 
 
 def make_trainable(job: Job, unet: Any, text_encoder: Any | None) -> LoraWeights | FullWeights:
@@ -199,7 +192,7 @@ def make_untuned(job: Job, unet: Any, embeds: dict[str, Tensor]) -> Predict:
     """eps_0: the frozen copy, or the U-Net with its adapter switched off."""
     unet_is_copy = needs_copy(job)
     if unet_is_copy:
-        unet.to(frozen_dtype(job)).requires_grad_(False)
+        unet.to(frozen_dtype(job.config.training.precision, job.device)).requires_grad_(False)
     own = embeds[job.class_prompt]
 
     @torch.no_grad()

@@ -13,8 +13,8 @@ from torch import Tensor
 from bksdm_tune.artifacts import cached, sha256_file
 from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
-from bksdm_tune.dreambooth.precision import frozen_dtype
 from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
+from bksdm_tune.precision import frozen_dtype
 from subjects.photos import open_photo
 
 PREVIEW_SEED = 0
@@ -91,7 +91,7 @@ def preview(
         model.eval()
     known = None if text_encoder is not None else embeds
     size = job.config.training.resolution
-    dtype = frozen_dtype(job)
+    dtype = frozen_dtype(job.config.training.precision, job.device)
     with torch.autocast(job.device, dtype, enabled=dtype != torch.float32):
         pictures = draw(pipe, shots, batch_size(job), size, f"previews at step {step}", known)
     for model in models:

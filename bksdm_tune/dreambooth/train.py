@@ -9,20 +9,20 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune import architecture
+from bksdm_tune import architecture, precision
 from bksdm_tune.artifacts import MANIFEST, locked, write_manifest
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
-from bksdm_tune.dreambooth.job import KINDS, Job, claim
+from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.learner import Learner, build
-from bksdm_tune.dreambooth.precision import precision
-from bksdm_tune.dreambooth.trainables import FullWeights
 from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.optim import EMA, make_optimiser, make_schedule
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.resolve import unet_config
+from bksdm_tune.runs import claim
+from bksdm_tune.trainables import FullWeights
 
 
 def train(job: Job) -> bool:
@@ -33,7 +33,9 @@ def train(job: Job) -> bool:
         DataError: the loss is not finite.
     """
     with locked(job.folder):
-        if claim(job):
+        steps = job.config.training.steps
+        assert steps is not None
+        if claim(job.folder, job.facts, job.config, job.kind, steps):
             return False
         started = time.perf_counter()
         learner = load(job, *class_pictures(job))
@@ -77,7 +79,7 @@ def optimise(job: Job, learner: Learner) -> None:
             seed=training.seed,
             checkpoint_every=output.checkpoint_every,
             keep=output.keep,
-            precision=precision(job),
+            precision=precision.choose(training.precision, job.device),
             device=job.device,
         ),
         job.folder,
@@ -130,7 +132,7 @@ def finish(job: Job, learner: Learner, seconds: float) -> None:
         "photo_source": job.photo_source,
     }
     plain = json.loads(json.dumps(asdict(job.config), default=str))
-    write_manifest(folder, KINDS[job.config.model.lora], plain, parents, results)
+    write_manifest(folder, job.kind, plain, parents, results)
     assert (folder / MANIFEST).is_file()
 
 

@@ -17,7 +17,7 @@ from scripts.pocket import unet
 from scripts.pocket.common import restore, train
 
 SIZES = ("base", "small", "tiny")
-STEPS, BATCH = 160, 32
+STEPS, BATCH = 400, 32
 
 
 def run(work: Path) -> None:

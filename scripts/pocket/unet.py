@@ -20,7 +20,7 @@ from scripts.pocket import clip, vae
 from scripts.pocket.common import pixels, restore, train
 from scripts.pocket.data import CAPTIONS
 
-STEPS, BATCH, CAPTION_DROPOUT, MIN_SNR_GAMMA = 4_500, 32, 0.1, 5.0
+STEPS, BATCH, CAPTION_DROPOUT, MIN_SNR_GAMMA = 5_000, 32, 0.1, 5.0
 
 
 def scheduler() -> DPMSolverMultistepScheduler:

@@ -1,0 +1,149 @@
+"""From a job to what ``fit`` needs: teacher, student, objective, batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from bksdm_tune import processes
+from bksdm_tune.diffusion import Noising, training_scheduler
+from bksdm_tune.errors import DataError
+from bksdm_tune.loop import Batches, shuffled
+from bksdm_tune.pipeline import load_part
+from bksdm_tune.pipeline_folder import scaling_factor
+from bksdm_tune.precision import frozen_dtype
+from bksdm_tune.resolve import Parts
+from bksdm_tune.trainables import FullWeights
+from bksdm_tune.unet_configs import PLANS, student_config
+from distill.cache import Encoders, LatentCache
+from distill.data import Source, coin
+from distill.job import Job
+from distill.loading import FLIP, Skipped, decode, training_items
+from distill.objective import Distillation
+from distill.surgery import inherit
+
+DROP = 2  # names the coin, see distill.data.coin
+
+
+@dataclass(frozen=True)
+class Learner:
+    """Loaded models with their objective and data."""
+
+    teacher: UNet2DConditionModel
+    student: UNet2DConditionModel
+    objective: Distillation
+    batches: Batches
+    trainable: FullWeights
+    encoders: Encoders
+
+
+def build(job: Job) -> Learner:
+    training, loss = job.config.training, job.config.loss
+    torch.manual_seed(training.seed)
+    teacher = load_part(job.parts, "unet").to(job.device)
+    student = make_student(job, teacher).to(job.device, torch.float32).train()
+    teacher.to(frozen_dtype(training.precision, job.device))
+    if training.gradient_checkpointing:
+        student.enable_gradient_checkpointing()
+    scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
+    objective = Distillation(
+        student,
+        teacher,
+        Noising(scheduler, loss.offset_noise),
+        job.pairs,
+        loss.lambda_task,
+        loss.lambda_out,
+        loss.lambda_feat,
+        loss.min_snr_gamma,
+    )
+    encoders = load_encoders(job.parts, job.device, training.precision, text=True)
+    trainable = FullWeights(student, None, (training.learning_rate, training.learning_rate))
+    return Learner(teacher, student, objective, make_batches(job, encoders), trainable, encoders)
+
+
+def make_student(job: Job, teacher: UNet2DConditionModel) -> UNet2DConditionModel:
+    plan = PLANS[job.config.models.size]
+    if job.config.models.init == "inherit":
+        return inherit(teacher, plan)
+    return UNet2DConditionModel.from_config(student_config(teacher.config, plan))
+
+
+def load_encoders(parts: Parts, device: str, precision: str, text: bool) -> Encoders:
+    """VAE and, if wanted, text encoder, frozen.  SD's VAE overflows in float16, so it keeps 32."""
+    vae = load_part(parts, "vae").to(device).requires_grad_(False)
+    encoder = None
+    if text:
+        encoder = load_part(parts, "text_encoder", frozen_dtype(precision, device)).to(device)
+        encoder.requires_grad_(False)
+    tokenizer = load_part(parts, "tokenizer") if text else None
+    return Encoders(vae, scaling_factor(parts.root / "vae"), tokenizer, encoder)
+
+
+def make_batches(job: Job, encoders: Encoders) -> Batches:
+    """Batches ``(latents, prompt_embeds)`` of this process, on the device."""
+    if isinstance(job.data, LatentCache):
+        return cached_batches(job, job.data, encoders)
+    return decoded_batches(job, job.data, encoders)
+
+
+def decoded_batches(job: Job, source: Source, encoders: Encoders) -> Batches:
+    config = job.config
+    size, seed = config.training.batch_size, config.training.seed
+    job.folder.mkdir(parents=True, exist_ok=True)
+    name = f"skipped-{processes.rank()}.jsonl" if processes.count() > 1 else "skipped.jsonl"
+    skipped = Skipped(job.folder / name, config.data.max_broken)
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        items = training_items(source, size, seed, start, config.loss.flip)
+        pin = job.device.startswith("cuda")
+        stream = decode(items, job.resolution, config.data.workers, pin)
+        for number, pictures in enumerate(stream, start):
+            skipped.note(size, pictures.bad)
+            if not pictures.captions:
+                raise DataError(f"All {size} images of a batch are broken; see {skipped.path}.")
+            filled = pictures.filled(size)
+            captions = drop(job, filled.captions, number)
+            pixels = filled.pixels.to(job.device, non_blocking=True)
+            yield encoders.latents(pixels), encoders.embeds(captions)
+
+    return batches
+
+
+def cached_batches(job: Job, cache: LatentCache, encoders: Encoders) -> Batches:
+    """The same pictures in the same order as from their files, without touching them."""
+    config = job.config
+    size, seed = config.training.batch_size, config.training.seed
+    together, first = size * processes.count(), size * processes.rank()
+    empty = encoders.embeds([""])
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, chosen in enumerate(shuffled(cache.size, together, seed)(start), start):
+            mine = chosen[first : first + size]
+            base = number * together + first
+            flips = [config.loss.flip and coin(seed, base + i, 0.5, FLIP) for i in range(size)]
+            captions = drop(job, [cache.captions[n] for n in mine], number)
+            embeds = cache.embeds(mine)
+            if embeds is None:
+                embeds = encoders.embeds(captions)
+            else:
+                embeds = embeds.to(job.device)
+                embeds[[not text for text in captions]] = empty
+            yield cache.latents(mine, flips).to(job.device), embeds
+
+    return batches
+
+
+def drop(job: Job, captions: list[str], number: int) -> list[str]:
+    """Replace some captions of micro-batch ``number`` by the empty one."""
+    share, seed = job.config.loss.caption_dropout, job.config.training.seed
+    if not share:
+        return captions
+    size = len(captions)
+    base = (number * processes.count() + processes.rank()) * size
+    return [
+        "" if coin(seed, base + i, share, DROP) else caption for i, caption in enumerate(captions)
+    ]

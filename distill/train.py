@@ -1,0 +1,167 @@
+"""Run a distillation: loop, pictures of teacher and student side by side, delivery."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from PIL import Image
+
+from bksdm_tune import architecture, precision, processes
+from bksdm_tune.artifacts import locked, write_manifest
+from bksdm_tune.contact_sheet import Row, contact_sheet
+from bksdm_tune.errors import UsageError
+from bksdm_tune.loop import Event, LoopSettings, Tracker, fit
+from bksdm_tune.memory import peak_memory_gb
+from bksdm_tune.optim import EMA, make_optimiser, make_schedule
+from bksdm_tune.pipeline import Shot, assemble, draw, load_part
+from bksdm_tune.pipeline_folder import copy_other_parts
+from bksdm_tune.runs import claim
+from distill.card import card
+from distill.job import KIND, Job
+from distill.learner import Learner, build
+
+PREVIEW_SEED = 0
+
+
+def train(job: Job) -> bool:
+    """Run or resume; False if the run was finished already.
+
+    Raises:
+        UsageError: another process or another run holds the folder.
+        DataError: the loss is not finite, too many images are broken, another process ended.
+    """
+    if processes.rank():
+        if processes.first_says(False):
+            return False
+        learn(job)
+        return True
+    with locked(job.folder):
+        done = claim(job.folder, job.facts, job.config, KIND, job.config.training.steps)
+        if processes.first_says(done):
+            return False
+        started = time.perf_counter()
+        learner = learn(job)
+        deliver(job, learner, time.perf_counter() - started)
+    return True
+
+
+def learn(job: Job) -> Learner:
+    training, output = job.config.training, job.config.output
+    learner = build(job)
+    optimiser = make_optimiser(
+        training.optimiser, learner.trainable.parameter_groups(), training.weight_decay
+    )
+    schedule = make_schedule(
+        training.lr_scheduler, optimiser, training.lr_warmup_steps, training.steps
+    )
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    ema = EMA(parameters, training.ema) if training.ema else None
+    events: tuple[Event, ...] = ()
+    if output.preview_prompts:
+        events = (Event(output.preview_every, previewer(job, learner, ema)),)
+    settings = LoopSettings(
+        steps=training.steps,
+        accumulation=training.accumulation,
+        max_grad_norm=training.max_grad_norm,
+        seed=training.seed,
+        checkpoint_every=output.checkpoint_every,
+        keep=output.keep,
+        precision=precision.choose(training.precision, job.device),
+        device=job.device,
+    )
+    fit(
+        learner.objective, learner.trainable, learner.batches, optimiser, schedule, settings,
+        job.folder, ema, events, job.folder.name, make_trackers(job),
+    )  # fmt: skip
+    return learner
+
+
+def make_trackers(job: Job) -> tuple[Tracker, ...]:
+    """Raises UsageError: the tracker's library is not installed."""
+    name = job.config.output.tracker
+    if name == "none" or processes.rank():
+        return ()
+    try:
+        from accelerate.tracking import TensorBoardTracker, WandBTracker
+
+        kind = TensorBoardTracker if name == "tensorboard" else WandBTracker
+        where = {"logging_dir": job.folder / "tracker"} if name == "tensorboard" else {}
+        tracker: Any = kind(job.folder.name, **where)
+        tracker.start() if hasattr(tracker, "start") else None
+    except ImportError as error:
+        raise UsageError(
+            f"--tracker {name} needs a library that does not load here ({error}). "
+            f"Type: pip install {name}, or choose --tracker none."
+        ) from None
+    return (lambda step, values: tracker.log(values, step=step),)
+
+
+def previewer(job: Job, learner: Learner, ema: EMA | None) -> Callable[[int], None]:
+    """Draws teacher, student and averaged student at the same seeds, with models that are loaded.
+
+    Every picture has its own generator, so drawing changes no later noise.
+    """
+    prompts = job.config.output.preview_prompts
+    shots = [Shot(prompt, PREVIEW_SEED + i) for i, prompt in enumerate(prompts)]
+    embeds = {text: learner.encoders.embeds([text]) for text in dict.fromkeys(("", *prompts))}
+    scheduler = load_part(job.parts, "scheduler")
+
+    def pictures(unet: Any) -> list[Image.Image]:
+        pipe = assemble(unet, learner.encoders.vae, scheduler)
+        training = unet.training
+        unet.eval()
+        dtype = precision.frozen_dtype(job.config.training.precision, job.device)
+        with torch.autocast(job.device.split(":")[0], dtype, enabled=dtype != torch.float32):
+            drawn = draw(pipe, shots, 4, job.resolution, "previews", embeds)
+        unet.train(training)
+        return drawn
+
+    taught: list[Image.Image] = []
+
+    def preview(step: int) -> None:
+        path = job.folder / "samples" / f"step-{step:06d}.png"
+        if path.exists():
+            return
+        if not taught:
+            taught.extend(pictures(learner.teacher))
+        rows = [
+            Row("teacher", taught, tuple(prompts)),
+            Row(f"student, step {step}", pictures(learner.student)),
+        ]
+        if ema is not None:
+            with ema.swapped_in():
+                rows.append(Row("student, averaged weights", pictures(learner.student)))
+        path.parent.mkdir(exist_ok=True)
+        contact_sheet(path, f"{job.parts.name} and its {job.config.models.size} student", rows)
+
+    return preview
+
+
+def deliver(job: Job, learner: Learner, seconds: float) -> None:
+    """A whole pipeline folder with the student in float32 and float16; the manifest last."""
+    folder, student = job.folder, learner.student
+    copy_other_parts(job.parts.root, folder)
+    student.save_pretrained(folder / "unet", max_shard_size="100GB")
+    config = dict(student.config)
+    results = {
+        "steps": job.config.training.steps,
+        "pictures_a_step": job.facts["pictures a step"],
+        "processes": processes.count(),
+        "unet_parameters": student.num_parameters(),
+        "shape": architecture.describe(config),
+        "seconds": round(seconds, 2),
+        "peak_memory_gb": round(peak_memory_gb(job.device), 3),
+    }
+    student.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="100GB")
+    (folder / "README.md").write_text(card(job, results), "utf-8")
+    plain = json.loads(json.dumps(asdict(job.config), default=str))
+    parents = {
+        "teacher": {"ref": job.parts.ref, "base": job.parts.base, **job.facts["teacher"]},
+        "data": job.facts["data"],
+    }
+    write_manifest(folder, KIND, plain, parents, results)
