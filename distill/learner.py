@@ -93,7 +93,6 @@ def make_batches(job: Job, encoders: Encoders) -> Batches:
 def decoded_batches(job: Job, source: Source, encoders: Encoders) -> Batches:
     config = job.config
     size, seed = config.training.batch_size, config.training.seed
-    job.folder.mkdir(parents=True, exist_ok=True)
     name = f"skipped-{processes.rank()}.jsonl" if processes.count() > 1 else "skipped.jsonl"
     skipped = Skipped(job.folder / name, config.data.max_broken)
 

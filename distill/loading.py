@@ -140,6 +140,7 @@ class Skipped:
         new = [(name, reason) for name, reason in bad if name not in self.names]
         if not new:
             return
+        self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
             for name, reason in new:
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")

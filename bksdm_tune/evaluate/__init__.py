@@ -1,0 +1,1 @@
+"""Scores: encoders, pure metrics on features, statistics, results that can be compared."""
