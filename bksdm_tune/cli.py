@@ -1,6 +1,6 @@
 """The command line: a table of verbs, each imported only when it runs, and the exit codes.
 
-Exit 0 done, 2 usage, 3 bad data or a full disk, 130 interrupted.
+Exit 0 done, 2 usage, 3 bad data or a full disk, 5 unlike protocols, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import NamedTuple, NoReturn, TextIO
 
 from bksdm_tune import __version__
-from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.errors import DataError, ProtocolError, UsageError
 
 PROG = "bksdm-tune"
 INTERRUPTED = 128 + signal.SIGINT
@@ -40,6 +40,8 @@ VERBS = (
     Verb("subjects",   "subjects.command",              "list, fetch, check the 30 subjects"),
     Verb("dreambooth", "bksdm_tune.dreambooth.command", "teach a model one subject"),
     Verb("generate",   "bksdm_tune.generate",           "draw pictures with what was tuned"),
+    Verb("evaluate",   "bksdm_tune.evaluate.command",   "score a backbone on captions"),
+    Verb("compare",    "bksdm_tune.evaluate.compare",   "subtract two scores of one protocol"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),
 )
 # fmt: on
@@ -92,7 +94,7 @@ def main(argv: list[str]) -> int:
         code = run(argv)
         sys.stdout.flush()
         return code
-    except (UsageError, DataError) as error:
+    except (UsageError, DataError, ProtocolError) as error:
         return complain(str(error), error.exit_code)
     except KeyboardInterrupt:
         return complain("interrupted.", INTERRUPTED)

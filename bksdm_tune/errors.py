@@ -1,4 +1,4 @@
-"""The two errors a user can cause; the command line turns them into exit codes."""
+"""The errors a user can cause; the command line turns them into exit codes."""
 
 
 class UsageError(ValueError):
@@ -11,3 +11,9 @@ class DataError(ValueError):
     """The files given were wrong: name every bad one and what to do about it."""
 
     exit_code = 3
+
+
+class ProtocolError(ValueError):
+    """Two results that were measured in different ways."""
+
+    exit_code = 5

@@ -1,7 +1,7 @@
 """The embedded miniature family: weights as data, and the folders that diffusers reads.
 
 Shared parts lie here once, in fp16: ``shared/`` (tokenizer, text encoder, VAE, scheduler, index),
-``unet-teacher`` ... ``unet-tiny``.  No torch is loaded.
+``unet-teacher`` ... ``unet-tiny``; ``clip`` and ``looks`` for scoring.  No torch is loaded.
 """
 
 from __future__ import annotations
@@ -55,3 +55,15 @@ def materialise(name: str) -> Path:
         shutil.copyfile(HERE / f"card-{size}.md", folder / "README.md")
 
     return cached("backbones", {"name": name, "files": _facts([*parts.values()])}, make)
+
+
+def encoder(name: str) -> Path:
+    """Model folder of an encoder for scoring, in the cache: ``clip`` (with its tokenizer), a CLIP
+    pair, or ``looks``, a self-supervised ResNet."""
+    sources = [HERE / name] + ([HERE / "shared/tokenizer"] if name == "clip" else [])
+
+    def make(folder: Path) -> None:
+        for source in sources:
+            _copy(source, folder)
+
+    return cached("encoders", {"name": name, "files": _facts(sources)}, make)

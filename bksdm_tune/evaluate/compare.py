@@ -1,0 +1,104 @@
+"""``bksdm-tune compare A B``: the difference of two results of one protocol, paired by picture."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tyro.conf import Positional
+
+from bksdm_tune.config import parse
+from bksdm_tune.errors import DataError, ProtocolError
+from bksdm_tune.evaluate.results import read_results, read_rows
+from bksdm_tune.evaluate.statistics import bootstrap_mean
+
+
+@dataclass(frozen=True)
+class Config:
+    """Print B minus A for every metric, with intervals from the pictures both have."""
+
+    a: Positional[Path]
+    """Folder with results.json, or the file."""
+    b: Positional[Path]
+    """The other."""
+    json: bool = False
+    """Print JSON."""
+
+
+def check_alike(a: dict[str, Any], b: dict[str, Any]) -> None:
+    """Raise ProtocolError, naming what differs, unless both were measured in the same way."""
+    if a["kind"] != b["kind"]:
+        raise ProtocolError(f"One scores a {a['kind']}, the other a {b['kind']}.")
+    if a["fingerprint"] == b["fingerprint"]:
+        return
+    names = sorted(a["protocol"].keys() | b["protocol"].keys())
+    differing = [
+        f"{name} ({a['protocol'].get(name)} and {b['protocol'].get(name)})"
+        for name in names
+        if a["protocol"].get(name) != b["protocol"].get(name)
+    ]
+    raise ProtocolError(
+        f"These were measured by different protocols, so their difference means nothing: "
+        f"{'; '.join(differing)}. Score both in the same way."
+    )
+
+
+def paired(a: dict[str, list[Any]], b: dict[str, list[Any]], name: str) -> np.ndarray:
+    """B minus A over the pictures that both have, by key.
+
+    Raises:
+        DataError: they have none in common.
+    """
+    other = dict(zip(b["key"], b[name], strict=True))
+    pairs = [(other[k], v) for k, v in zip(a["key"], a[name], strict=True) if k in other]
+    if not pairs:
+        raise DataError("The two results have no picture in common.")
+    return np.array([mine - theirs for mine, theirs in pairs], dtype=np.float64)
+
+
+def compare(first: Path, second: Path) -> dict[str, dict[str, Any]]:
+    """Metric -> its two values, the difference, and its interval where pictures can be paired.
+
+    Raises:
+        ProtocolError: unlike protocols.
+        DataError: files that cannot be read.
+    """
+    a, b = read_results(first), read_results(second)
+    check_alike(a, b)
+    rows = read_rows(first), read_rows(second)
+    report: dict[str, dict[str, Any]] = {}
+    for name, metric in a["metrics"].items():
+        values = metric["value"], b["metrics"].get(name, {}).get("value")
+        if None in values:
+            continue
+        entry: dict[str, Any] = {
+            "a": values[0],
+            "b": values[1],
+            "difference": values[1] - values[0],
+            "ci95": None,
+            "better": metric["better"],
+        }
+        if all(name in side for side in rows):
+            differences = paired(*rows, name)
+            entry |= {"difference": float(differences.mean()), "pairs": len(differences)}
+            entry["ci95"] = bootstrap_mean(differences)
+        report[name] = entry
+    return report
+
+
+def main(argv: list[str]) -> int:
+    config = parse(Config, argv, "bksdm-tune compare")
+    report = compare(config.a, config.b)
+    if config.json:
+        print(json.dumps(report, indent=2, sort_keys=True))
+        return 0
+    print("| metric | A | B | B - A | 95 % interval | better |\n|---|---|---|---|---|---|")
+    for name, entry in report.items():
+        interval = entry["ci95"]
+        bounds = f"{interval[0]:+.4g} to {interval[1]:+.4g}" if interval else ""
+        cells = [f"{entry['a']:.4g}", f"{entry['b']:.4g}", f"{entry['difference']:+.4g}", bounds]
+        print(f"| {name} | {' | '.join(cells)} | {entry['better']} |")
+    return 0

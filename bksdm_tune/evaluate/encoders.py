@@ -1,0 +1,250 @@
+"""What turns pictures and captions into features; each says which weights and pixels it used.
+
+Offline everything runs on the two pocket encoders, which know the illustrated world only.  Their
+names say so, and names are part of a result's protocol.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from bksdm_tune.artifacts import content_key, sha256_file
+from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.pocket import encoder as pocket_folder
+
+POCKET_SIDE = 64
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """``images``: uint8 NHWC tensor of one batch -> float32 (N, width); ``texts`` where it has a
+    text side; ``classes``: -> probabilities (N, classes), where it classifies.
+
+    ``prepare`` makes a picture the uint8 HWC array that ``images`` takes.
+    """
+
+    name: str
+    weights: str
+    """Hash of the weights."""
+    preprocessing: str
+    prepare: Callable[[Image.Image], NDArray[np.uint8]]
+    images: Callable[[Tensor], Tensor]
+    texts: Callable[[list[str]], Tensor] | None = None
+    classes: Callable[[Tensor], Tensor] | None = None
+
+    @property
+    def facts(self) -> dict[str, str]:
+        return {"name": self.name, "weights": self.weights, "preprocessing": self.preprocessing}
+
+
+def resized(side: int, way: Image.Resampling) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """Squash to ``side`` x ``side``, in PIL."""
+
+    def prepare(image: Image.Image) -> NDArray[np.uint8]:
+        return np.array(image.convert("RGB").resize((side, side), way))
+
+    return prepare
+
+
+def centred(side: int, resize: int) -> Callable[[Image.Image], NDArray[np.uint8]]:
+    """Short side to ``resize`` (bicubic), centre crop of ``side``, in PIL."""
+
+    def prepare(image: Image.Image) -> NDArray[np.uint8]:
+        image = image.convert("RGB")
+        scale = resize / min(image.size)
+        width, height = (max(resize, round(extent * scale)) for extent in image.size)
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        left, top = (width - side) // 2, (height - side) // 2
+        return np.array(image.crop((left, top, left + side, top + side)))
+
+    return prepare
+
+
+def hash_folder(folder: Path) -> str:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise DataError(f"{folder} has no safetensors weights.")
+    return content_key({path.name: sha256_file(path) for path in files})
+
+
+def _normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """uint8 NHWC -> float32 NCHW."""
+    pixels = images.permute(0, 3, 1, 2).float() / 255
+    centre, spread = (pixels.new_tensor(v).view(1, 3, 1, 1) for v in (mean, std))
+    return (pixels - centre) / spread
+
+
+HALF = (0.5, 0.5, 0.5)
+CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def pocket_looks(device: str) -> Encoder:
+    from transformers import ResNetModel
+
+    folder = pocket_folder("looks")
+    model = ResNetModel.from_pretrained(folder).eval().to(device)
+
+    def images(batch: Tensor) -> Tensor:
+        features = model(_normalised(batch, HALF, HALF)).pooler_output.flatten(1)
+        return F.normalize(features, dim=1)
+
+    prepare = resized(POCKET_SIDE, Image.Resampling.BICUBIC)
+    return Encoder("pocket-looks", hash_folder(folder), "squash 64 bicubic", prepare, images)
+
+
+def pocket_clip(device: str) -> Encoder:
+    from transformers import CLIPModel, CLIPTokenizer
+
+    folder = pocket_folder("clip")
+    model = CLIPModel.from_pretrained(folder).eval().to(device)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    prepare = resized(POCKET_SIDE, Image.Resampling.BICUBIC)
+    return Encoder(
+        "pocket-clip",
+        hash_folder(folder),
+        "squash 64 bicubic",
+        prepare,
+        lambda batch: clip_images(model, _normalised(batch, HALF, HALF)),
+        lambda texts: clip_texts(model, tokenizer, texts),
+    )
+
+
+def clip_images(model: Any, pixels: Tensor) -> Tensor:
+    """Unit image embeddings; the same calls in transformers 4 and 5."""
+    pooled = model.vision_model(pixel_values=pixels).pooler_output
+    return F.normalize(model.visual_projection(pooled), dim=1)
+
+
+def clip_texts(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
+    tokens = tokenizer(
+        texts,
+        padding="max_length",
+        truncation=True,
+        max_length=tokenizer.model_max_length,
+        return_tensors="pt",
+    )
+    pooled = model.text_model(input_ids=tokens.input_ids.to(model.device)).pooler_output
+    return F.normalize(model.text_projection(pooled), dim=1)
+
+
+def open_clip_encoder(name: str, pretrained: str, device: str) -> Encoder:
+    """``ViT-g-14`` with ``laion2b_s34b_b88k`` is the published one; ``pretrained`` may be a file.
+
+    Raises:
+        DataError: the weights are neither on disk nor to be had.
+    """
+    import open_clip
+
+    try:
+        model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
+    except Exception as error:
+        raise DataError(
+            f"open_clip {name} ({pretrained}) cannot be loaded: {error}. Without a network, give "
+            "its file with --clip-weights, or score with --extractors pocket."
+        ) from None
+    model = model.eval().to(device)
+    tokenizer = open_clip.get_tokenizer(name)
+    side = model.visual.image_size
+    side = side[0] if isinstance(side, tuple) else side
+    weights = sha256_file(Path(pretrained)) if Path(pretrained).is_file() else pretrained
+    return Encoder(
+        f"open_clip/{name}",
+        weights,
+        f"short side {side} bicubic, centre crop",
+        centred(side, side),
+        lambda batch: F.normalize(
+            model.encode_image(_normalised(batch, CLIP_MEAN, CLIP_STD)), dim=1
+        ),
+        lambda texts: F.normalize(model.encode_text(tokenizer(texts).to(device)), dim=1),
+    )
+
+
+def inception(weights: Path | None, device: str) -> Encoder:
+    """Inception-v3 of the FID (TensorFlow's weights of 2015), through torch-fidelity.
+
+    Raises:
+        UsageError: torch-fidelity is not installed.
+        DataError: the weights cannot be had.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError:
+        raise UsageError(
+            "Inception features need torch-fidelity. Type: pip install 'bksdm-tune[scores]'"
+        ) from None
+    try:
+        model = FeatureExtractorInceptionV3(
+            "inception-v3-compat",
+            ["2048", "logits_unbiased"],
+            feature_extractor_weights_path=None if weights is None else str(weights),
+        )
+    except Exception as error:
+        raise DataError(
+            f"The Inception weights cannot be loaded: {error}. Without a network, give their file "
+            "with --inception-weights, or score with --extractors pocket."
+        ) from None
+    model = model.eval().to(device)
+
+    def both(batch: Tensor) -> tuple[Tensor, Tensor]:
+        features, logits = model(batch.permute(0, 3, 1, 2).contiguous())
+        return features, logits.softmax(1)
+
+    return Encoder(
+        "inception-v3-compat",
+        "2015-12-05" if weights is None else sha256_file(weights),
+        "squash 256 bicubic",
+        resized(256, Image.Resampling.BICUBIC),
+        lambda batch: both(batch)[0],
+        classes=lambda batch: both(batch)[1],
+    )
+
+
+def dino(folder: str, device: str) -> Encoder:
+    """DINO or DINOv2, class token, from a local transformers folder or a Hub id."""
+    from transformers import AutoModel
+
+    try:
+        model = AutoModel.from_pretrained(folder).eval().to(device)
+    except Exception as error:
+        raise DataError(f"{folder} cannot be loaded as a vision model: {error}") from None
+    local = Path(folder)
+    return Encoder(
+        folder if not local.is_dir() else local.name,
+        hash_folder(local) if local.is_dir() else folder,
+        "short side 256 bicubic, centre crop 224",
+        centred(224, 256),
+        lambda batch: model(
+            pixel_values=_normalised(batch, IMAGENET_MEAN, IMAGENET_STD)
+        ).last_hidden_state[:, 0],
+    )
+
+
+@torch.inference_mode()
+def encode(
+    apply: Callable[[Tensor], Tensor],
+    encoder: Encoder,
+    pictures: list[Path],
+    device: str,
+    batch_size: int = 32,
+) -> NDArray[np.float32]:
+    """Features (N, width) of picture files, in order."""
+    parts = []
+    for start in range(0, len(pictures), batch_size):
+        arrays = []
+        for path in pictures[start : start + batch_size]:
+            with Image.open(path) as image:
+                arrays.append(encoder.prepare(image))
+        batch = torch.from_numpy(np.stack(arrays)).to(device)
+        parts.append(apply(batch).float().cpu().numpy())
+    return np.concatenate(parts)
