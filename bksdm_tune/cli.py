@@ -35,6 +35,7 @@ class Verb(NamedTuple):
 VERBS = (
     Verb("backbones",  "bksdm_tune.backbones_command",  "list the models to tune"),
     Verb("build",      "distill.build",                 "cut a student out of a teacher"),
+    Verb("data",       "distill.fetch",                 "fetch published training pairs"),
     Verb("cache",      "distill.cache_command",         "compute a data set's latents once"),
     Verb("distill",    "distill.command",               "train a student to do as its teacher"),
     Verb("subjects",   "subjects.command",              "list, fetch, check the 30 subjects"),
