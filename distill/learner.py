@@ -47,6 +47,8 @@ def build(job: Job) -> Learner:
     teacher = load_part(job.parts, "unet").to(job.device)
     student = make_student(job, teacher).to(job.device, torch.float32).train()
     teacher.to(frozen_dtype(training.precision, job.device))
+    for unet in (teacher, student):
+        unet.to(memory_format=torch.channels_last)
     if training.gradient_checkpointing:
         student.enable_gradient_checkpointing()
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
