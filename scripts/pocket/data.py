@@ -2,7 +2,7 @@
 
 Leaves in ``<work>/data``: ``train`` and ``heldout`` arrays (``*-images.npy`` uint8 NHWC 64 px,
 ``*-labels.npy`` int16 (kind, colour, scene, modified), ``*-tokens.npy`` uint16 (N, captions, 32)),
-``real-train.npy``, ``real-heldout.npy`` and ``tokenizer/``.
+``train-captions.json`` (one a picture), ``real-train.npy``, ``real-heldout.npy`` and ``tokenizer/``.
 """
 
 from __future__ import annotations
@@ -133,15 +133,18 @@ def tokenise(folder: Path, name: str, captions: list[list[str]]) -> None:
     np.save(folder / f"{name}-tokens.npy", array)
 
 
-def run(work: Path, photos: Path) -> None:
+def run(work: Path, photos: Path | None = None) -> None:
+    """``photos``: the real ones that the VAE learns from; other stages need none."""
     folder = work / "data"
     if (folder / "done").exists():
         return
     folder.mkdir(parents=True, exist_ok=True)
-    cut_real(folder, photos)
+    if photos is not None:
+        cut_real(folder, photos)
     train = draw(folder, "train", range(LOOKS))
     heldout = draw(folder, "heldout", range(1_000_000, 1_000_000 + HELDOUT_LOOKS))
     learn_tokenizer(folder / "tokenizer", [text for texts in train[:20_000] for text in texts])
     tokenise(folder, "train", train)
     tokenise(folder, "heldout", heldout)
+    (folder / "train-captions.json").write_text(json.dumps([texts[0] for texts in train]))
     (folder / "done").touch()

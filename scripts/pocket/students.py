@@ -17,7 +17,7 @@ from scripts.pocket import unet
 from scripts.pocket.common import restore, train
 
 SIZES = ("base", "small", "tiny")
-STEPS, BATCH = 400, 32
+STEPS, BATCH = 300, 32
 
 
 def run(work: Path) -> None:
