@@ -11,6 +11,7 @@ preservation.  Resumable: a subject's result is a file.  Intervals: bootstrap ov
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import sys
 import time
@@ -91,6 +92,15 @@ def variety(pictures: list[Image.Image], model: Any, rows: np.ndarray) -> dict[s
     return {"variety": float(1 - pairs.mean()), "leak": float((features @ rows[0]).mean())}
 
 
+@functools.cache
+def untuned(
+    backbone: str, scenes: tuple[Shot, ...], plain: tuple[Shot, ...]
+) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Pictures before tuning; subjects of one class share them."""
+    pipe = load_pipeline(resolve(backbone), "cpu")
+    return draw(pipe, scenes, 20), draw(pipe, plain, 24)
+
+
 def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, Any]:
     rows, noun = gallery(model, name), SUBJECTS[name].class_noun
     scenes = scene_shots(name, options.guidance)
@@ -98,9 +108,8 @@ def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, 
         Shot(f"a {noun}", 900 + i, guidance_scale=options.guidance) for i in range(CLASS_PICTURES)
     ]
     result: dict[str, Any] = {"subject": name, "class_noun": noun}
-    before = load_pipeline(resolve(options.backbone), "cpu")
-    result["before"] = judge(draw(before, scenes, 20), model, classifier, rows)
-    result["before"] |= variety(draw(before, plain, 24), model, rows)
+    before = untuned(options.backbone, tuple(scenes), tuple(plain))
+    result["before"] = judge(before[0], model, classifier, rows) | variety(before[1], model, rows)
     for prior in options.priors:
         out = options.out / f"{name}-{prior}"
         flags = ["--subject", name, "--backbone", options.backbone, "--prior", prior]

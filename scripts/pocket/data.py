@@ -2,7 +2,7 @@
 
 Leaves in ``<work>/data``: ``train`` and ``heldout`` arrays (``*-images.npy`` uint8 NHWC 64 px,
 ``*-labels.npy`` int16 (kind, colour, scene, modified), ``*-tokens.npy`` uint16 (N, captions, 32)),
-``train-captions.json`` (one a picture), ``real-train.npy``, ``real-heldout.npy`` and ``tokenizer/``.
+``train-captions.json`` (one a picture), ``real-train.npy``, ``real-heldout.npy``, ``tokenizer/``.
 """
 
 from __future__ import annotations
