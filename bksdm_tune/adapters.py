@@ -193,6 +193,6 @@ def check_architecture(path: Path, fingerprint: str, shape: str) -> Provenance |
         raise DataError(
             f"{path} was trained on {made_from.backbone} ({made_from.shape}); the backbone here is "
             f"{shape}. Its layers would land in the wrong places. "
-            f"Use it with --backbone {made_from.backbone}."
+            f"Use it with --backbone {made_from.backbone}, by its name or where its folder lies."
         )
     return made_from

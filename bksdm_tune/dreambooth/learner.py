@@ -170,7 +170,14 @@ def enable_memory_savers(job: Job, unet: Any, text_encoder: Any | None) -> None:
     if job.config.training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
         if text_encoder is not None:
-            text_encoder.gradient_checkpointing_enable({"use_reentrant": False})
+            checkpoint_layers(text_encoder)
+
+
+def checkpoint_layers(model: Any) -> None:
+    """Gradient checkpointing by whichever name this transformers knows it."""
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name, None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def make_conditions(
