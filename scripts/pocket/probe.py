@@ -17,7 +17,7 @@ from scripts.pocket.common import pixels, restore, train
 from subjects.illustrated.looks import COLOURS, KINDS
 from subjects.illustrated.scenes import SCENES
 
-STEPS, BATCH = 1_800, 64
+STEPS, BATCH = 3_200, 64
 HEADS = {"kind": len(KINDS), "colour": len(COLOURS), "scene": len(SCENES)}
 
 
