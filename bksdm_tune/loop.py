@@ -27,7 +27,7 @@ from tqdm import tqdm
 from bksdm_tune import processes
 from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
 from bksdm_tune.errors import DataError
-from bksdm_tune.optim import EMA
+from bksdm_tune.optim import EMA, align_state
 from bksdm_tune.precision import at_least_single
 
 Losses = dict[str, torch.Tensor]
@@ -189,6 +189,7 @@ def fit(
         state = load_tree(path / STATE_FILE)
         for name, part in stateful.items():
             part.load_state_dict(state[name])
+        align_state(optimiser)
 
     assert step <= settings.steps, f"{folder} is past step {settings.steps}"
 
@@ -217,9 +218,10 @@ def fit(
 
             started, totals = time.perf_counter(), dict[str, torch.Tensor]()
             for micro in range(settings.accumulation):
+                batch = next(stream)  # before seeding: a loader may draw numbers of its own
                 torch.manual_seed(seed_for(settings.seed, step, micro))
                 with _autocast(settings):
-                    losses = objective(next(stream))
+                    losses = objective(batch)
                 scaler.scale(losses["loss"] / settings.accumulation).backward()
                 for name, value in losses.items():
                     share = at_least_single(value.detach()) / settings.accumulation

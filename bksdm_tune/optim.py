@@ -56,6 +56,19 @@ def make_optimiser(
         ) from None
 
 
+@torch.no_grad()
+def align_state(optimiser: torch.optim.Optimizer) -> None:
+    """Give loaded state the memory layout of its parameters.
+
+    Fused optimisers walk both as flat memory, so a contiguous moment beside a channels-last weight
+    would be read in the wrong order.
+    """
+    for parameter, state in optimiser.state.items():
+        for name, value in state.items():
+            if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
 def make_schedule(
     name: ScheduleName, optimiser: torch.optim.Optimizer, warmup_steps: int, steps: int
 ) -> torch.optim.lr_scheduler.LRScheduler:

@@ -3,9 +3,8 @@
     python scripts/ablation.py --out work/ablation [--only small] [--list]
 
 Every cell trains one student of pocket-teacher with ``bksdm-tune distill`` from one latent cache of
-the illustrated world, draws 200 captions, and leaves one JSON file; the same command goes on where
-it stopped.  The table and the plot go to ``docs/ablation``.  Needs ``work/pocket`` with the stages
-``data`` and ``probe`` of ``scripts/pretrain_pocket.py``; missing ones are run first.
+the illustrated world, draws 200 captions, and leaves one JSON file in ``docs/ablation``; the same
+command goes on where it stopped.  The world is drawn first where ``work/pocket/data`` is missing.
 """
 
 from __future__ import annotations
@@ -180,10 +179,9 @@ def main() -> None:
         print("\n".join(cell.name for cell in chosen))
         return
     data.run(options.work)
-    probe.run(options.work)
     options.out.mkdir(parents=True, exist_ok=True)
     prepare(options.work, options.out)
-    judge = probe.load(options.work)
+    judge = probe.load()
     DOCS.mkdir(parents=True, exist_ok=True)
     for cell in chosen:
         path = DOCS / f"{cell.name.replace(' ', '_')}.json"

@@ -27,10 +27,10 @@ from PIL import Image
 
 from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.cli import main as command
+from bksdm_tune.evaluate.encoders import Encoder, pocket_looks
 from bksdm_tune.pipeline import Shot, draw, load_pipeline
 from bksdm_tune.resolve import resolve
-from scripts.pocket import looks, probe
-from scripts.pocket.common import pixels
+from scripts.pocket import probe
 from subjects.catalogue import SUBJECTS
 from subjects.illustrated.looks import KINDS, random_look
 from subjects.illustrated.render import Picture, render
@@ -41,10 +41,10 @@ RIVALS, PHOTOS_A_RIVAL, CLASS_PICTURES, TRIGGER = 10, 5, 24, "sks11df"
 PRIORS = ("none", "prediction", "images")
 
 
-def embed(model: Any, pictures: list[Image.Image]) -> np.ndarray:
-    images = np.stack([np.asarray(picture.resize((64, 64))) for picture in pictures])
+def embed(looks: Encoder, pictures: list[Image.Image]) -> np.ndarray:
+    images = torch.from_numpy(np.stack([looks.prepare(picture) for picture in pictures]))
     with torch.inference_mode():
-        return looks.embed(model, pixels(images)).double().numpy()
+        return looks.images(images).double().numpy()
 
 
 def centre(features: np.ndarray) -> np.ndarray:
@@ -154,7 +154,6 @@ def table(results: list[dict[str, Any]], arms: list[str]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--work", type=Path, default=Path("work/pocket"))
     parser.add_argument("--backbone", default="pocket-base")
     parser.add_argument("--subjects", nargs="+", default=list(SUBJECTS))
     parser.add_argument("--priors", nargs="+", choices=PRIORS, default=["none", "prediction"])
@@ -162,7 +161,7 @@ def main() -> None:
     parser.add_argument("--full", action="store_true", help="full tuning instead of LoRA")
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    model, classifier = looks.load(options.work), probe.load(options.work)
+    model, classifier = pocket_looks("cpu"), probe.load()
     results = []
     for name in options.subjects:
         path = options.out / f"{name}.json"

@@ -57,7 +57,8 @@ class Toy:
         return [{"params": list(self.net.parameters()), "lr": 1e-2}]
 
     def save(self, folder: Path) -> None:
-        save_file(self.net.state_dict(), folder / "net.safetensors")
+        plain = {key: value.contiguous() for key, value in self.net.state_dict().items()}
+        save_file(plain, folder / "net.safetensors")
 
     def load(self, folder: Path) -> None:
         self.net.load_state_dict(load_file(folder / "net.safetensors"))
@@ -120,6 +121,30 @@ def test_killed_and_resumed_is_uninterrupted(
     with pytest.raises(Stop):
         train(tmp_path, Toy(before=raise_at(call, Stop)))
     assert_same_run(tmp_path, train(tmp_path), *whole)
+
+
+def convolutions() -> Toy:
+    """A toy whose weights do not lie in memory in the order of their indices."""
+    toy = Toy()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        layers = [nn.Conv2d(4, 8, 3, padding=1), nn.SiLU(), nn.Conv2d(8, 4, 3, padding=1)]
+        toy.net = nn.Sequential(nn.Unflatten(1, (4, 1, 1)), *layers, nn.Flatten())
+    toy.net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return toy
+
+
+def test_channels_last_weights_resume_to_the_same_bytes(tmp_path: Path) -> None:
+    for name in ("whole", "cut"):
+        (tmp_path / name).mkdir()
+    whole = train(tmp_path / "whole", convolutions())
+    toy = convolutions()
+    toy.before = raise_at(9, Stop)
+    with pytest.raises(Stop):
+        train(tmp_path / "cut", toy)
+    assert_same_run(
+        tmp_path / "cut", train(tmp_path / "cut", convolutions()), tmp_path / "whole", whole
+    )
 
 
 @pytest.mark.parametrize("step", [0, 3, 7])

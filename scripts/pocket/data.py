@@ -2,7 +2,8 @@
 
 Leaves in ``<work>/data``: ``train`` and ``heldout`` arrays (``*-images.npy`` uint8 NHWC 64 px,
 ``*-labels.npy`` int16 (kind, colour, scene, modified), ``*-tokens.npy`` uint16 (N, captions, 32)),
-``train-captions.json`` (one a picture), ``real-train.npy``, ``real-heldout.npy``, ``tokenizer/``.
+``named-*`` (looks with a name), ``train-captions.json`` (one a picture), ``real-train.npy``,
+``real-heldout.npy`` and ``tokenizer/``.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ import numpy as np
 from PIL import Image
 
 from subjects.catalogue import SUBJECTS
-from subjects.illustrated.captions import caption, random_picture, visible_paint
-from subjects.illustrated.looks import COLOURS, KINDS
+from subjects.illustrated.captions import caption, nonsense, random_picture, visible_paint
+from subjects.illustrated.looks import COLOURS, KINDS, LIVE_KINDS
 from subjects.illustrated.render import Picture, render
 from subjects.illustrated.scenes import SCENES
 from subjects.illustrated.twins import FORBIDDEN
@@ -25,6 +26,8 @@ from subjects.photos import open_photo
 
 LOOKS, VIEWS, CAPTIONS = 15_000, 4, 4
 HELDOUT_LOOKS = 1_000
+# Looks that a word names, with many views each: from them the model learns that such words matter.
+NAMED_LOOKS, NAMED_VIEWS = 200, 30
 # Real subjects whose photos the VAE never sees; the other ones on disk are its training photos.
 REAL_HELDOUT = ("cat2", "clock", "dog6", "monster_toy", "robot_toy", "teapot", "vase", "berry_bowl")
 MAX_TOKENS = 32
@@ -38,7 +41,7 @@ def draw_look(seed: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
     images, labels, captions = [], [], []
     while len(images) < VIEWS:
         other = random_picture(rng, FORBIDDEN)
-        if look.kind not in ("cat", "dog") and other.accessory:
+        if look.kind not in LIVE_KINDS and other.accessory:
             continue
         picture = Picture(look, other.scene, other.accessory, other.modifier)
         paint = visible_paint(picture)
@@ -51,6 +54,27 @@ def draw_look(seed: int) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
         )
         captions.append([caption(picture, rng) for _ in range(CAPTIONS)])
     return np.stack(images), np.array(labels, np.int16), captions
+
+
+def draw_named(seed: int) -> tuple[list[np.ndarray], list[list[str]]]:
+    """NAMED_VIEWS pictures of one look; the captions tell its name in place of its paint."""
+    rng = np.random.default_rng((2025, seed))
+    look, name = random_picture(rng, FORBIDDEN).look, nonsense(rng)
+    images, captions = [], []
+    while len(images) < NAMED_VIEWS:
+        other = random_picture(rng, FORBIDDEN)
+        accessory = other.accessory if look.kind in LIVE_KINDS else ""
+        images.append(np.asarray(render(Picture(look, other.scene, accessory), rng)))
+        words = " ".join(word for word in (f"a {name} {look.kind}", accessory, other.scene) if word)
+        captions.append([words] * CAPTIONS)
+    return images, captions
+
+
+def draw_all_named(folder: Path) -> list[list[str]]:
+    with ProcessPoolExecutor(WORKERS) as pool:
+        drawn = list(pool.map(draw_named, range(NAMED_LOOKS), chunksize=8))
+    np.save(folder / "named-images.npy", np.stack([i for images, _ in drawn for i in images]))
+    return [texts for _, captions in drawn for texts in captions]
 
 
 def draw(folder: Path, name: str, seeds: range) -> list[list[str]]:
@@ -146,5 +170,6 @@ def run(work: Path, photos: Path | None = None) -> None:
     learn_tokenizer(folder / "tokenizer", [text for texts in train[:20_000] for text in texts])
     tokenise(folder, "train", train)
     tokenise(folder, "heldout", heldout)
+    tokenise(folder, "named", draw_all_named(folder))
     (folder / "train-captions.json").write_text(json.dumps([texts[0] for texts in train]))
     (folder / "done").touch()

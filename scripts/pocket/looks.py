@@ -2,7 +2,7 @@
 
 No label is used: two pictures of one look in different scenes are the two views of a contrastive
 pair (NT-Xent, SimCLR equation 1), and half the batches hold one kind only, so that the kind alone
-does not solve them.
+does not solve them.  Half of the views went through the VAE, so that its softness is no feature.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import torch
 from torch.nn import functional as F
 from transformers import ResNetConfig, ResNetModel
 
+from scripts.pocket import vae
 from scripts.pocket.common import pixels, restore, train
 from scripts.pocket.data import VIEWS
 
-STEPS, LOOKS_PER_BATCH, TEMPERATURE = 1_800, 48, 0.1
+STEPS, LOOKS_PER_BATCH, TEMPERATURE, SOFT_LOOKS = 2_200, 48, 0.1, 8_000
 
 
 def make() -> ResNetModel:
@@ -39,11 +40,26 @@ def embed(model: ResNetModel, images: torch.Tensor) -> torch.Tensor:
     return F.normalize(model(images).pooler_output.flatten(1), dim=1)
 
 
+def soften(work: Path, images: np.ndarray) -> np.ndarray:
+    """The pictures as the VAE gives them back, uint8 NHWC; computed once."""
+    path = work / "looks/soft.npy"
+    if not path.exists():
+        model = vae.load(work)
+        pieces = (images[i : i + 512] for i in range(0, len(images), 512))
+        soft = [
+            vae.reconstruct(model, piece).permute(0, 2, 3, 1).byte().numpy() for piece in pieces
+        ]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.concatenate(soft))
+    return np.load(path)
+
+
 def run(work: Path) -> None:
     torch.manual_seed(3)
     model = make().to(memory_format=torch.channels_last)
-    images = np.load(work / "data/train-images.npy", mmap_mode="r")
-    labels = np.load(work / "data/train-labels.npy")
+    sharp = np.load(work / "data/train-images.npy", mmap_mode="r")[: SOFT_LOOKS * VIEWS]
+    versions = (sharp, soften(work, sharp))
+    labels = np.load(work / "data/train-labels.npy")[: SOFT_LOOKS * VIEWS]
     kinds = labels[::VIEWS, 0]
     natural = labels[:, 3].reshape(-1, VIEWS) == 0
 
@@ -59,7 +75,12 @@ def run(work: Path) -> None:
                 look * VIEWS + rng.choice(np.flatnonzero(natural[look]), 2, replace=False)
                 for look in chosen
             ]
-            yield pixels(images[np.stack(views, 1).reshape(-1)])
+            numbers = np.stack(views, 1).reshape(-1)
+            soft = rng.random(len(numbers)) < 0.5
+            chosen_views = np.stack(
+                [versions[int(s)][n] for s, n in zip(soft, numbers, strict=True)]
+            )
+            yield pixels(chosen_views)
             number += 1
 
     def objective(views: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -105,16 +126,20 @@ def report(work: Path) -> None:
     images = np.load(work / "data/heldout-images.npy")
     labels = np.load(work / "data/heldout-labels.npy")
     keep = labels[:, 3] == 0
-    features = torch.cat(
-        [embed(model, pixels(b)) for b in np.array_split(images[keep], 16)]
-    ).numpy()
+    decoder = vae.load(work)
+    soft = vae.reconstruct(decoder, images[keep]).permute(0, 2, 3, 1).byte().numpy()
+    sharp_features, soft_features = (
+        torch.cat([embed(model, pixels(b)) for b in np.array_split(pictures, 16)]).numpy()
+        for pictures in (images[keep], soft)
+    )
     subject = np.repeat(np.arange(len(images) // VIEWS), VIEWS)[keep]
     photos = {name: np.stack([np.asarray(p) for p in twin_photos(name, 64)]) for name in TWINS}
     twin = embed(model, pixels(np.concatenate(list(photos.values())))).numpy()
     names = np.repeat(np.arange(len(photos)), [len(p) for p in photos.values()])
     twin_kinds = np.array([TWINS[list(photos)[n]].kind for n in names])
     facts = {
-        "auc_unseen_looks": same_class_auc(features, subject, labels[keep, 0]),
+        "auc_unseen_looks": same_class_auc(sharp_features, subject, labels[keep, 0]),
+        "auc_unseen_looks_through_the_vae": same_class_auc(soft_features, subject, labels[keep, 0]),
         "auc_twins": same_class_auc(twin, names, twin_kinds),
         "parameters": sum(p.numel() for p in model.parameters()),
     }

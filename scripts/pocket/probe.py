@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
 from bksdm_tune.loop import shuffled
-from scripts.pocket.common import pixels, restore, train
+from scripts.pocket.common import pixels, train
 from subjects.illustrated.looks import COLOURS, KINDS
 from subjects.illustrated.scenes import SCENES
 
+FILE = Path(__file__).with_name("probe.safetensors")  # kept, so that tables need no pre-training
 STEPS, BATCH = 3_200, 64
 HEADS = {"kind": len(KINDS), "colour": len(COLOURS), "scene": len(SCENES)}
 
@@ -65,12 +67,13 @@ def run(work: Path) -> None:
         return losses | {"loss": torch.stack(list(losses.values())).sum()}
 
     train(work / "probe", objective, {"probe": probe}, batches, STEPS, 2e-3, ema_decay=0.99)
+    save_file({key: value.half().contiguous() for key, value in probe.state_dict().items()}, FILE)
     report(work)
 
 
-def load(work: Path) -> Probe:
+def load() -> Probe:
     probe = Probe()
-    restore(work / "probe", {"probe": probe})
+    probe.load_state_dict({key: value.float() for key, value in load_file(FILE).items()})
     return probe.eval()
 
 
@@ -85,7 +88,7 @@ def classify(probe: Probe, images: np.ndarray) -> np.ndarray:
 def report(work: Path) -> None:
     images = np.load(work / "data/heldout-images.npy")
     labels = np.load(work / "data/heldout-labels.npy")[:, :3]
-    right = (classify(load(work), images) == labels).mean(0)
+    right = (classify(load(), images) == labels).mean(0)
     facts = dict(zip(HEADS, right.tolist(), strict=True)) | {"pictures": len(images)}
     (work / "probe/report.json").write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts))

@@ -27,7 +27,7 @@ def captions(count: int) -> tuple[list[str], np.ndarray]:
 def run(work: Path) -> None:
     texts, wanted = captions(CAPTIONS)
     shots = [Shot(text, 10_000 + i, STEPS, GUIDANCE) for i, text in enumerate(texts)]
-    judge, rows = probe.load(work), {}
+    judge, rows = probe.load(), {}
     for size in pack.SIZES:
         pipe = load_pipeline(resolve(f"pocket-{size}"), "cpu")
         images = np.stack([np.asarray(i) for i in draw(pipe, shots, 25, title=size)])

@@ -17,13 +17,12 @@ from scripts.pocket import unet
 from scripts.pocket.common import restore, train
 
 SIZES = ("base", "small", "tiny")
-STEPS, BATCH = 300, 32
+STEPS = 250
 
 
 def run(work: Path) -> None:
-    latents = unet.cache_latents(work)
     noising = Noising(training_scheduler(dict(unet.scheduler().config)))
-    token_batches = unet.caption_batches(work, latents, BATCH, 13)
+    token_batches = unet.caption_batches(work, 13)
     for size in SIZES:
         teacher, text_encoder = unet.load(work)
         student = inherit(teacher, PLANS[size]).train()

@@ -20,7 +20,7 @@ from scripts.pocket import clip, vae
 from scripts.pocket.common import pixels, restore, train
 from scripts.pocket.data import CAPTIONS
 
-STEPS, BATCH, CAPTION_DROPOUT, MIN_SNR_GAMMA = 5_000, 32, 0.1, 5.0
+STEPS, BATCH, NAMED, CAPTION_DROPOUT, MIN_SNR_GAMMA = 2_000, 32, 10, 0.1, 5.0
 
 
 def scheduler() -> DPMSolverMultistepScheduler:
@@ -53,12 +53,12 @@ def empty_caption(work: Path) -> torch.Tensor:
 
 
 @torch.inference_mode()
-def cache_latents(work: Path) -> np.ndarray:
-    """Scaled latent means of all training pictures, float16 (N, 4, 16, 16)."""
-    path = work / "unet/latents.npy"
+def cache_latents(work: Path, name: str = "train") -> np.ndarray:
+    """Scaled latent means of the ``train`` or ``named`` pictures, float16 (N, 4, 16, 16)."""
+    path = work / f"unet/{name}-latents.npy"
     if not path.exists():
         model = vae.load(work)
-        images = np.load(work / "data/train-images.npy", mmap_mode="r")
+        images = np.load(work / f"data/{name}-images.npy", mmap_mode="r")
         parts = [
             model.encode(pixels(images[i : i + 64])).latent_dist.mean.half().numpy()
             for i in range(0, len(images), 64)
@@ -68,25 +68,37 @@ def cache_latents(work: Path) -> np.ndarray:
     return np.load(path)
 
 
-def caption_batches(work: Path, latents: np.ndarray, batch_size: int, seed: int) -> Any:
-    """Batches (latents, token ids); one caption in ten is empty, for guidance."""
-    tokens = np.load(work / "data/train-tokens.npy")
+def caption_batches(work: Path, seed: int) -> Any:
+    """Batches (latents, token ids), NAMED of BATCH from the looks that have a name; one caption in
+    ten is empty, for guidance."""
+    latents = [cache_latents(work, name) for name in ("train", "named")]
+    tokens = [np.load(work / f"data/{name}-tokens.npy") for name in ("train", "named")]
+    sizes = (BATCH - NAMED, NAMED)
     empty = empty_caption(work)
 
     def batches(start: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        for number, chosen in enumerate(shuffled(len(latents), batch_size, seed)(start), start):
+        streams = [
+            shuffled(len(pictures), size, seed + i)(start)
+            for i, (pictures, size) in enumerate(zip(latents, sizes, strict=True))
+        ]
+        for number, chosen in enumerate(zip(*streams, strict=True), start):
             rng = np.random.default_rng((seed, number))
-            which = rng.integers(CAPTIONS, size=batch_size)
-            texts = torch.from_numpy(tokens[chosen, which].astype(np.int64))
-            texts[torch.from_numpy(rng.random(batch_size) < CAPTION_DROPOUT)] = empty
-            yield torch.from_numpy(latents[chosen].astype(np.float32)), texts
+            pictures = np.concatenate([a[c] for a, c in zip(latents, chosen, strict=True)])
+            words = np.concatenate(
+                [
+                    t[c, rng.integers(CAPTIONS, size=len(c))]
+                    for t, c in zip(tokens, chosen, strict=True)
+                ]
+            )
+            texts = torch.from_numpy(words.astype(np.int64))
+            texts[torch.from_numpy(rng.random(BATCH) < CAPTION_DROPOUT)] = empty
+            yield torch.from_numpy(pictures.astype(np.float32)), texts
 
     return batches
 
 
 def run(work: Path) -> None:
     torch.manual_seed(4)
-    latents = cache_latents(work)
     unet, text_encoder = make(), make_text_encoder(work)
     noising = Noising(training_scheduler(dict(scheduler().config)))
 
@@ -101,7 +113,7 @@ def run(work: Path) -> None:
         work / "unet",
         objective,
         {"unet": unet, "text_encoder": text_encoder},
-        caption_batches(work, latents, BATCH, 11),
+        caption_batches(work, 11),
         STEPS,
         {"unet": 1.2e-3, "text_encoder": 1e-3},
         ema_decay=0.999,
