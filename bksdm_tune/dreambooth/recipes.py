@@ -2,7 +2,7 @@
 
 ``full-size`` is the BK-SDM reference recipe with the text encoder frozen; ``bksdm`` the reference
 to the letter (nota-ai/BK-SDM's DreamBooth script); ``miniature`` is for backbones of the pocket
-family's size.
+family's size, which lose the subject under either prior at this many steps (docs/plan.md).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ROWS: dict[str, tuple[Any, Any, Any]] = {
     "text_encoder_alpha":   (17.0,                 17.0,                 16.0),
     "targets":              (("to_q", "to_v"),     ("to_q", "to_v"),     ATTENTION + FEED_FORWARD),
     "text_encoder_targets": (("q_proj", "v_proj"), ("q_proj", "v_proj"), ("q_proj", "v_proj")),
-    "prior":                ("images",             "prediction",         "prediction"),
+    "prior":                ("images",             "prediction",         "none"),
     "class_images":         (200,                  200,                  64),
     "checkpoint_every":     (200,                  200,                  100),
 }
