@@ -17,7 +17,19 @@ import pytest
 from bksdm_tune import __version__, cli
 from bksdm_tune.errors import DataError, UsageError
 
-VERBS = ("backbones", "build", "subjects", "dreambooth", "generate", "doctor")
+VERBS = (
+    "backbones",
+    "build",
+    "data",
+    "cache",
+    "distill",
+    "subjects",
+    "dreambooth",
+    "generate",
+    "evaluate",
+    "compare",
+    "doctor",
+)
 
 # What stays in the buffer meets the closed pipe or the full disk only at exit.
 BUFFERED = {**os.environ, "PYTHONUNBUFFERED": ""}
