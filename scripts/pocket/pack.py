@@ -117,7 +117,8 @@ project and nothing else, and says nothing about the full-size models.
 | step time in all | {hours:.2f} h on two CPU cores |
 
 Data: 60,000 pictures of 15,000 looks drawn by `subjects/illustrated`, captions in the grammar of
-the DreamBooth prompts, 10 % of them empty; the looks of the 30 illustrated twins left out.
+the DreamBooth prompts, 10 % of them empty, and 30 pictures of each of 200 looks whose captions tell
+a name in place of the paint; the looks of the 30 illustrated twins left out.
 
 VAE: f = 4, 4 latent channels, trained on those pictures and on crops of the real DreamBooth
 subjects that were on disk, without the 8 held-out ones (CC-BY 4.0; `scripts/pocket/data.py` names
