@@ -9,9 +9,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from bksdm_tune import processes
 from bksdm_tune.cli import main
+from bksdm_tune.evaluate import pictures
 from bksdm_tune.evaluate.pictures import keep, read_captions
 from bksdm_tune.evaluate.results import Metric, read_results, read_rows, write_results
+from bksdm_tune.pipeline import Shot
 from bksdm_tune.pocket import encoder
 from pairs import image_folder
 from tiny import make_pipeline
@@ -98,6 +101,21 @@ def test_pictures_are_drawn_once_and_do_not_depend_on_the_batch(
     assert run(model, captions, out, "--real", str(real)) == 0
     assert kept.stat().st_mtime_ns == when and gone.exists()
     assert (out / "results.json").read_text() == before
+
+
+def test_processes_that_start_at_other_times_draw_every_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fake(pipe: object, shots: list[Shot], batch_size: int) -> list[Image.Image]:
+        return [Image.new("RGB", (8, 8)) for _ in shots]
+
+    monkeypatch.setattr(pictures, "draw", fake)
+    monkeypatch.setattr(processes, "wait", lambda: None)
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    for rank in (1, 0):  # the second looks when the first has drawn its share
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        paths = pictures.draw_all(None, [Shot("a dog", i) for i in range(7)], tmp_path, 2)
+    assert all(path.exists() for path in paths)
 
 
 def test_compare_pairs_by_key(

@@ -50,11 +50,12 @@ def picture_path(folder: Path, number: int) -> Path:
 
 
 def draw_all(pipe: Any, shots: list[Shot], folder: Path, batch_size: int) -> list[Path]:
-    """Draw what is not there yet; the processes take turns at the pictures."""
+    """Draw what is not there yet; the processes take turns at the numbers, whatever lies there, or
+    one that looks later would count the others' pictures as done and share out the rest anew."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [picture_path(folder, number) for number in range(len(shots))]
-    missing = [i for i, path in enumerate(paths) if not path.exists()]
-    mine = missing[processes.rank() :: processes.count()]
+    turns = range(processes.rank(), len(paths), processes.count())
+    mine = [number for number in turns if not paths[number].exists()]
     with tqdm(total=len(mine), desc="drawing", unit="picture", disable=None) as bar:
         for start in range(0, len(mine), batch_size):
             numbers = mine[start : start + batch_size]
