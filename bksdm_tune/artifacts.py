@@ -84,6 +84,12 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
+def free_disk(folder: Path) -> int:
+    """Bytes free where ``folder`` is, or will be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(folder).free if folder.exists() else free_disk(folder.parent)
+
+
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of every file under ``folder`` except the manifest and hidden files."""
     files = {}

@@ -26,6 +26,11 @@ CONFIG_FLAG = "--config"
 NONE = "none"
 
 
+def group(kind: type) -> Any:
+    """A field whose default is a group with all its own defaults."""
+    return dataclasses.field(default_factory=kind)
+
+
 def check_range(
     flag: str, value: float | None, low: float = -math.inf, high: float = math.inf
 ) -> None:

@@ -71,14 +71,15 @@ def training_scheduler(config: dict[str, Any]) -> DDPMScheduler:
     return scheduler
 
 
-def crop(image: Image.Image, resolution: int) -> np.ndarray:
-    """RGB picture -> short side ``resolution`` (bicubic), centre crop; uint8 HWC."""
+def crop(image: Image.Image, side: int, short: int | None = None) -> np.ndarray:
+    """RGB picture -> short side ``short`` (None: ``side``; bicubic), centre crop; uint8 HWC."""
+    short = short or side
     width, height = image.size
-    scale = resolution / min(width, height)
-    size = (max(resolution, round(width * scale)), max(resolution, round(height * scale)))
+    scale = short / min(width, height)
+    size = (max(short, round(width * scale)), max(short, round(height * scale)))
     image = image.resize(size, Image.Resampling.BICUBIC)
-    left, top = (size[0] - resolution) // 2, (size[1] - resolution) // 2
-    return np.array(image.crop((left, top, left + resolution, top + resolution)))
+    left, top = (size[0] - side) // 2, (size[1] - side) // 2
+    return np.array(image.crop((left, top, left + side, top + side)))
 
 
 def unit_range(pixels: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ from bksdm_tune import processes
 from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
 from bksdm_tune.errors import DataError
 from bksdm_tune.optim import EMA, align_state
-from bksdm_tune.precision import at_least_single
+from bksdm_tune.precision import at_least_single, autocast
 
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
@@ -143,13 +143,6 @@ class Log:
         self.file.write(json.dumps(facts) + "\n")
 
 
-def _autocast(settings: LoopSettings) -> contextlib.AbstractContextManager[Any]:
-    if settings.precision == "no":
-        return contextlib.nullcontext()
-    dtype = torch.bfloat16 if settings.precision == "bf16" else torch.float16
-    return torch.autocast(settings.device.split(":")[0], dtype)
-
-
 def fit(
     objective: Objective,
     trainable: Trainable,
@@ -220,7 +213,7 @@ def fit(
             for micro in range(settings.accumulation):
                 batch = next(stream)  # before seeding: a loader may draw numbers of its own
                 torch.manual_seed(seed_for(settings.seed, step, micro))
-                with _autocast(settings):
+                with autocast(settings.precision, settings.device):
                     losses = objective(batch)
                 scaler.scale(losses["loss"] / settings.accumulation).backward()
                 for name, value in losses.items():

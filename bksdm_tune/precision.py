@@ -21,6 +21,12 @@ def choose(asked: str, device: str) -> str:
     return "bf16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "fp16"
 
 
+def autocast(asked: str, device: str) -> torch.autocast:
+    """The context that a run computes in; it does nothing in float32."""
+    dtype = frozen_dtype(asked, device)
+    return torch.autocast(device.split(":")[0], dtype, enabled=dtype != torch.float32)
+
+
 def frozen_dtype(asked: str, device: str) -> torch.dtype:
     """Frozen weights are kept in half precision under mixed precision; trained ones never are."""
     return DTYPES[choose(asked, device)]

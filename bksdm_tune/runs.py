@@ -22,24 +22,37 @@ def claim(folder: Path, facts: dict[str, Any], config: Any, kind: str, steps: in
     Raises:
         UsageError: it holds another run, or something that is no run.
     """
+    if not occupy(folder, facts, "run", "another run"):
+        return _finished(folder, config, kind, steps)
+    save_toml(folder / "config.toml", config)
+    return False
+
+
+def occupy(folder: Path, facts: dict[str, Any], noun: str, other: str) -> bool:
+    """Note in an empty ``folder`` what it is for; False if it was noted there before.
+
+    ``noun`` says what such a folder is, ``other`` what it holds where the facts differ.
+
+    Raises:
+        UsageError: it is for something else, or something else lies there.
+    """
     identity = folder / IDENTITY
     if identity.is_file():
         theirs = json.loads(identity.read_text())
         if theirs != facts:
             raise UsageError(
-                f"{folder} holds another run ({', '.join(_differences(theirs, facts))} "
+                f"{folder} holds {other} ({', '.join(_differences(theirs, facts))} "
                 "differ). Choose another folder with --out, or delete this one."
             )
-        return _finished(folder, config, kind, steps)
+        return False
     strangers = [path.name for path in folder.iterdir() if path.name != ".lock"]
     if strangers:
         raise UsageError(
-            f"{folder} is not empty and is no run ({strangers[0]} lies there). "
+            f"{folder} is not empty and is no {noun} ({strangers[0]} lies there). "
             "Choose another folder with --out."
         )
     write_text_atomic(identity, json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    save_toml(folder / "config.toml", config)
-    return False
+    return True
 
 
 def _finished(folder: Path, config: Any, kind: str, steps: int) -> bool:

@@ -34,13 +34,13 @@ from bksdm_tune.artifacts import (
     write_text_atomic,
 )
 from bksdm_tune.diffusion import embed, tokenise, unit_range
-from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.errors import DataError
+from bksdm_tune.runs import occupy
 from distill.data import Row, Source
 from distill.loading import Pictures, Skipped, decode, passing
 
 KIND = "latent-cache"
 SHARD_ROWS = 2_048
-PLAN = ".cache.json"
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,9 @@ class Writer:
             DataError: too many broken images.
         """
         with locked(self.folder):
-            check_plan(self.folder, facts | {"shard_rows": self.shard_rows})
+            plan = facts | {"shard_rows": self.shard_rows}
+            occupy(self.folder, plan, "cache", "a cache of other data, model, resolution or kind")
+            (self.folder / MANIFEST).unlink(missing_ok=True)  # until all is whole again
             skipped = Skipped(self.folder / "skipped.jsonl", self.max_broken)
             skipped.path.unlink(missing_ok=True)
             totals = {"rows": 0, "broken": 0}
@@ -170,20 +172,6 @@ class Writer:
             tensors.setdefault("embeds", []).append(embeds)
 
 
-def check_plan(folder: Path, plan: dict[str, Any]) -> None:
-    """Make the folder this cache's own; the old manifest goes until all is whole again."""
-    path, text = folder / PLAN, json.dumps(plan, sort_keys=True)
-    if path.is_file() and path.read_text() != text:
-        raise UsageError(
-            f"{folder} holds a cache of other data, model, resolution or kind. "
-            "Choose another folder with --out, or delete this one."
-        )
-    if not path.is_file() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and is no cache. Choose another with --out.")
-    write_text_atomic(path, text)
-    (folder / MANIFEST).unlink(missing_ok=True)
-
-
 def finish(folder: Path, shards: int) -> dict[str, Any]:
     """Drop shards of an earlier, longer cache; the shape of a latent."""
     for number in itertools.count(shards):
@@ -217,7 +205,9 @@ class LatentCache:
                 "`bksdm-tune cache` command again: it makes only these anew."
             )
         self.captions = [text for facts in shards if facts for text in facts["captions"]]
-        self.ends = np.cumsum([len(facts["captions"]) for facts in shards if facts])
+        counts = np.array([len(facts["captions"]) for facts in shards if facts])
+        self.ends = np.cumsum(counts)
+        self.starts = self.ends - counts
         self.size = len(self.captions)
         if not self.size:
             raise DataError(f"{folder} holds no pictures.")
@@ -232,10 +222,10 @@ class LatentCache:
 
     def _rows(self, name: str, numbers: np.ndarray) -> list[Tensor]:
         shards = np.searchsorted(self.ends, numbers, side="right")
-        starts = self.ends[shards] - [self._slice(int(s), name).get_shape()[0] for s in shards]
+        places = numbers - self.starts[shards]
         return [
-            self._slice(int(shard), name)[int(n - start) : int(n - start) + 1]
-            for shard, start, n in zip(shards, starts, numbers, strict=True)
+            self._slice(int(shard), name)[int(place) : int(place) + 1]
+            for shard, place in zip(shards, places, strict=True)
         ]
 
     def latents(self, numbers: np.ndarray, flips: list[bool]) -> Tensor:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
-
+from bksdm_tune.artifacts import free_disk
 from bksdm_tune.config import parse
 from bksdm_tune.resolve import Parts
 from distill.config import CacheConfig
@@ -17,7 +16,6 @@ def main(argv: list[str]) -> int:
     from bksdm_tune.pipeline_folder import check_resolution, native_resolution
     from distill.cache import Writer
     from distill.data import open_source
-    from distill.dry_run import existing_parent
     from distill.job import cache_facts, find_teacher
     from distill.learner import load_encoders
 
@@ -26,7 +24,7 @@ def main(argv: list[str]) -> int:
     check_resolution(resolution, parts)
     data = config.data
     source = open_source(data.data, data.image_column, data.caption_column)
-    free = shutil.disk_usage(existing_parent(config.out)).free
+    free = free_disk(config.out)
     cost = disk_cost(source.size, parts, resolution, config.embeds)
     print(f"{cost} {free / 1e9:.0f} GB are free.", flush=True)
     encoders = load_encoders(parts, best_device(), "auto", config.embeds)

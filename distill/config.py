@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from bksdm_tune.config import check_positive, check_range
+from bksdm_tune.config import check_positive, check_range, group
 from bksdm_tune.errors import UsageError
 from bksdm_tune.unet_configs import PLANS, TEACHER
 
@@ -157,10 +157,6 @@ class Output:
         check_range("--preview-every", self.preview_every, 0)
 
 
-def _group(kind: type) -> Any:
-    return field(default_factory=kind)
-
-
 @dataclass(frozen=True)
 class Config:
     """Train a compressed Stable Diffusion to do what its teacher does (BK-SDM)."""
@@ -168,8 +164,8 @@ class Config:
     models: Models
     data: Data
     output: Output
-    loss: Loss = _group(Loss)
-    training: Training = _group(Training)
+    loss: Loss = group(Loss)
+    training: Training = group(Training)
 
 
 @dataclass(frozen=True)

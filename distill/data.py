@@ -18,13 +18,13 @@ import numpy as np
 
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.loop import shuffled
+from bksdm_tune.resolve import HUB_ID
 
 SHUFFLE_BUFFER = 1_000  # rows of a stream held to shuffle them; raw bytes, about 100 MB
 METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp")
 CAPTION_COLUMNS = ("text", "caption", "txt", "prompt")
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class Row(NamedTuple):

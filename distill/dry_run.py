@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import time
-from pathlib import Path
 
 import psutil
 import torch
 
 from bksdm_tune import precision
+from bksdm_tune.artifacts import free_disk
 from bksdm_tune.errors import DataError
 from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.optim import make_optimiser
@@ -59,12 +58,10 @@ def step(
     size: int,
 ) -> float:
     """Seconds of the second of two steps."""
-    dtype = precision.frozen_dtype(job.config.training.precision, job.device)
-    device = job.device.split(":")[0]
     seconds = 0.0
     for _ in range(2):
         started = time.perf_counter()
-        with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+        with precision.autocast(job.config.training.precision, job.device):
             loss = learner.objective(
                 (latents.expand(size, -1, -1, -1).clone(), embeds.expand(size, -1, -1))
             )["loss"]
@@ -86,7 +83,7 @@ def report(job: Job, learner: Learner, batch: int, seconds: float) -> str:
     weights = sum(p.numel() for p in learner.student.parameters())
     copies = 3 + bool(training.ema)  # weights, two moments, average
     disk = 4 * weights * copies * job.config.output.keep
-    free = shutil.disk_usage(existing_parent(job.folder)).free
+    free = free_disk(job.folder)
     peak, hours = peak_memory_gb(job.device), pictures / rate / 3600
     return (
         f"Dry run: the largest batch tried that fits is {batch} ({seconds:.3f} s, {rate:.1f} "
@@ -94,8 +91,3 @@ def report(job: Job, learner: Learner, batch: int, seconds: float) -> str:
         f"{job.facts['pictures a step']} pictures would take {hours:.2f} h here; checkpoints need "
         f"about {disk / 1e9:.2f} GB ({free / 1e9:.0f} GB are free). Nothing was trained."
     )
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else existing_parent(path.parent)

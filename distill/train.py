@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from PIL import Image
 
 from bksdm_tune import architecture, precision, processes
@@ -115,8 +114,7 @@ def previewer(job: Job, learner: Learner, ema: EMA | None) -> Callable[[int], No
         pipe = assemble(unet, learner.encoders.vae, scheduler)
         training = unet.training
         unet.eval()
-        dtype = precision.frozen_dtype(job.config.training.precision, job.device)
-        with torch.autocast(job.device.split(":")[0], dtype, enabled=dtype != torch.float32):
+        with precision.autocast(job.config.training.precision, job.device):
             drawn = draw(pipe, shots, 4, job.resolution, "previews", embeds)
         unet.train(training)
         return drawn

@@ -52,6 +52,11 @@ class Cell:
     def name(self) -> str:
         return f"{self.group}-{self.size}-{self.arm}-{self.pictures}-seed{self.seed}"
 
+    @property
+    def path(self) -> Path:
+        """Where its figures are kept."""
+        return DOCS / f"{self.name.replace(' ', '_')}.json"
+
 
 def cells() -> list[Cell]:
     """(a) start x objective, (b) data, (c) loss terms; a cell that two groups need is made once."""
@@ -184,9 +189,10 @@ def main() -> None:
     judge = probe.load()
     DOCS.mkdir(parents=True, exist_ok=True)
     for cell in chosen:
-        path = DOCS / f"{cell.name.replace(' ', '_')}.json"
-        if not path.exists():
-            write_text_atomic(path, json.dumps(measure(cell, options.out, judge), indent=1) + "\n")
+        if not cell.path.exists():
+            write_text_atomic(
+                cell.path, json.dumps(measure(cell, options.out, judge), indent=1) + "\n"
+            )
 
 
 if __name__ == "__main__":

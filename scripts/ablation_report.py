@@ -30,10 +30,9 @@ def load() -> dict[Key, list[dict[str, Any]]]:
     """Cells that are there, seeds of one arm together, in the order of the plan."""
     found: dict[Key, list[dict[str, Any]]] = defaultdict(list)
     for cell in cells():
-        path = DOCS / f"{cell.name.replace(' ', '_')}.json"
-        if path.exists():
+        if cell.path.exists():
             key = (cell.group, cell.size, cell.arm, cell.pictures)
-            found[key].append(json.loads(path.read_text()))
+            found[key].append(json.loads(cell.path.read_text()))
     return found
 
 

@@ -28,6 +28,7 @@ from PIL import Image
 from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.cli import main as command
 from bksdm_tune.evaluate.encoders import Encoder, pocket_looks
+from bksdm_tune.evaluate.statistics import bootstrap_mean
 from bksdm_tune.pipeline import Shot, draw, load_pipeline
 from bksdm_tune.resolve import resolve
 from scripts.pocket import probe
@@ -127,14 +128,6 @@ def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, 
     return result
 
 
-def interval(values: np.ndarray) -> tuple[float, float]:
-    """95 % bootstrap interval of the mean over subjects."""
-    rng = np.random.default_rng(0)
-    means = values[rng.integers(len(values), size=(10_000, len(values)))].mean(1)
-    low, high = np.quantile(means, [0.025, 0.975])
-    return float(low), float(high)
-
-
 def table(results: list[dict[str, Any]], arms: list[str]) -> str:
     columns = ("identified", "scene", "similarity", "variety", "leak", "seconds")
     lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
@@ -145,7 +138,7 @@ def table(results: list[dict[str, Any]], arms: list[str]) -> str:
             if np.isnan(values).any():
                 cells.append("")
                 continue
-            low, high = interval(values)
+            low, high = bootstrap_mean(values)
             cells.append(f"{values.mean():.3f} [{low:.3f}, {high:.3f}]")
         lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

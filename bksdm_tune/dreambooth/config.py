@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from bksdm_tune.config import check_positive, check_range
+from bksdm_tune.config import check_positive, check_range, group
 from bksdm_tune.errors import UsageError
 
 Prior = Literal["images", "prediction", "none"]
@@ -197,18 +197,14 @@ class Output:
         check_range("--preview-images", self.preview_images, 1)
 
 
-def _group(kind: type) -> Any:
-    return field(default_factory=kind)
-
-
 @dataclass(frozen=True)
 class Config:
     """Teach a backbone one subject from a few photos, and draw it in new scenes."""
 
     who: Who
-    model: Model = _group(Model)
-    prompts: Prompts = _group(Prompts)
-    training: Training = _group(Training)
-    lora: Lora = _group(Lora)
-    prior: PriorPreservation = _group(PriorPreservation)
-    output: Output = _group(Output)
+    model: Model = group(Model)
+    prompts: Prompts = group(Prompts)
+    training: Training = group(Training)
+    lora: Lora = group(Lora)
+    prior: PriorPreservation = group(PriorPreservation)
+    output: Output = group(Output)

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -14,7 +13,7 @@ from bksdm_tune.artifacts import cached, sha256_file
 from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
-from bksdm_tune.precision import frozen_dtype
+from bksdm_tune.precision import autocast
 from subjects.photos import open_photo
 
 PREVIEW_SEED = 0
@@ -91,8 +90,7 @@ def preview(
         model.eval()
     known = None if text_encoder is not None else embeds
     size = job.config.training.resolution
-    dtype = frozen_dtype(job.config.training.precision, job.device)
-    with torch.autocast(job.device, dtype, enabled=dtype != torch.float32):
+    with autocast(job.config.training.precision, job.device):
         pictures = draw(pipe, shots, batch_size(job), size, f"previews at step {step}", known)
     for model in models:
         model.train()

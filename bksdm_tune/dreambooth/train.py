@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from bksdm_tune import architecture, precision
-from bksdm_tune.artifacts import MANIFEST, locked, write_manifest
+from bksdm_tune.artifacts import MANIFEST, free_disk, locked, write_manifest
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
 from bksdm_tune.dreambooth.job import Job
@@ -170,15 +169,10 @@ def dry_run(job: Job) -> str:
         p.numel() for g in learner.trainable.parameter_groups() for p in g["params"]
     )  # float32: weights, and two moments in each checkpoint
     disk = 4 * weights * (1 + 3 * job.config.output.keep)
-    free = shutil.disk_usage(existing_parent(job.folder)).free
+    free = free_disk(job.folder)
     return (
         f"Dry run: {step:.3f} s a step, {training.steps} steps in {step * training.steps / 60:.1f} "
         f"min (pictures come on top); peak memory {peak_memory_gb(job.device):.2f} GB; "
         f"{weights:,} parameters train; the run folder needs about {disk / 1e9:.2f} GB "
         f"({free / 1e9:.0f} GB are free). Nothing was written into {job.folder}."
     )
-
-
-def existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    return path if path.exists() else existing_parent(path.parent)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from bksdm_tune import processes
-from bksdm_tune.artifacts import cached, content_key, locked, sha256_file, write_text_atomic
-from bksdm_tune.errors import DataError, ProtocolError, UsageError
+from bksdm_tune.artifacts import cached, content_key, locked, sha256_file
+from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import encoders, metrics
 from bksdm_tune.evaluate.config import Config
 from bksdm_tune.evaluate.encoders import Encoder
@@ -25,6 +24,7 @@ from bksdm_tune.evaluate.results import Metric, read_results, read_rows, write_r
 from bksdm_tune.evaluate.statistics import bootstrap_mean
 from bksdm_tune.pipeline import Shot, load_pipeline
 from bksdm_tune.resolve import Parts, hash_weights, resolve
+from bksdm_tune.runs import occupy
 
 KIND = "backbone"
 FRECHET_RESAMPLES = 30
@@ -79,18 +79,21 @@ def evaluate(config: Config, device: str) -> Path | None:
         "seed": config.seed,
     }
     extractors = load_extractors(config, device)  # before hours of drawing
-    real = read_real(config, extractors, device) if config.real else None
+    real_key = real_facts(config)
+    real = read_real(config, real_key, extractors, device) if config.real else None
     if processes.rank():
         draw_all(pipeline(parts, device), shots, config.out / "pictures", config.batch_size)
         return None
     with locked(config.out):
-        claim(config.out, drawing | {"unet": hash_weights(parts.unet)})
+        facts = drawing | {"unet": hash_weights(parts.unet)}
+        other = "pictures of another backbone, caption list or sampling"
+        occupy(config.out, facts, "evaluation", other)
         pipe = pipeline(parts, device)
         pictures = draw_all(pipe, shots, config.out / "pictures", config.batch_size)
         del pipe
         features = all_features(extractors, pictures, device, config.out)
         texts = captions_features(extractors.clip, [text for _, text in pairs])
-        protocol = drawing | {"extractors": extractors.facts, "real": real_facts(config)}
+        protocol = drawing | {"extractors": extractors.facts, "real": real_key}
         rows: dict[str, list[Any]] = {"key": [key for key, _ in pairs]}
         scores = score(features, texts, real, rows)
         scores |= against_teacher(config, protocol, features, rows)
@@ -105,19 +108,6 @@ def pipeline(parts: Parts, device: str) -> Any:
     pipe = load_pipeline(parts, device)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     return pipe
-
-
-def claim(folder: Path, facts: dict[str, Any]) -> None:
-    """Raises UsageError: the folder holds another evaluation's pictures."""
-    path, text = folder / ".evaluation.json", json.dumps(facts, sort_keys=True)
-    if path.is_file() and path.read_text() != text:
-        raise UsageError(
-            f"{folder} holds pictures of another backbone, caption list or sampling. "
-            "Choose another folder with --out, or delete this one."
-        )
-    if not path.is_file() and any(p.name != ".lock" for p in folder.iterdir()):
-        raise UsageError(f"{folder} is not empty and is no evaluation; choose another --out.")
-    write_text_atomic(path, text)
 
 
 def all_features(extractors: Extractors, pictures: list[Path], device: str, out: Path) -> Features:
@@ -151,7 +141,9 @@ def captions_features(clip: Encoder, texts: list[str]) -> NDArray[Any]:
     return torch.cat(parts).numpy()
 
 
-def read_real(config: Config, extractors: Extractors, device: str) -> dict[str, Any]:
+def read_real(
+    config: Config, key: str | None, extractors: Extractors, device: str
+) -> dict[str, Any]:
     """Statistics of the real side; from pictures also their features.
 
     Raises:
@@ -160,7 +152,7 @@ def read_real(config: Config, extractors: Extractors, device: str) -> dict[str, 
     assert config.real is not None
     if config.real.is_dir():
         pictures = files_of(config.real)
-        facts = {"pictures": real_facts(config), "extractors": extractors.facts}
+        facts = {"pictures": key, "extractors": extractors.facts}
         folder = cached("features", facts, lambda f: _store(extractors, pictures, device, f))
         features = all_features(extractors, pictures, device, folder)
         return {"gaussian": Gaussian.of(features["frechet"]), "count": len(pictures)} | {

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bksdm_tune.artifacts import content_key, sha256_file
+from bksdm_tune.diffusion import crop, tokenise
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.pocket import encoder as pocket_folder
 
@@ -60,12 +61,7 @@ def centred(side: int, resize: int) -> Callable[[Image.Image], NDArray[np.uint8]
     """Short side to ``resize`` (bicubic), centre crop of ``side``, in PIL."""
 
     def prepare(image: Image.Image) -> NDArray[np.uint8]:
-        image = image.convert("RGB")
-        scale = resize / min(image.size)
-        width, height = (max(resize, round(extent * scale)) for extent in image.size)
-        image = image.resize((width, height), Image.Resampling.BICUBIC)
-        left, top = (width - side) // 2, (height - side) // 2
-        return np.array(image.crop((left, top, left + side, top + side)))
+        return crop(image.convert("RGB"), side, resize)
 
     return prepare
 
@@ -127,14 +123,8 @@ def clip_images(model: Any, pixels: Tensor) -> Tensor:
 
 
 def clip_texts(model: Any, tokenizer: Any, texts: list[str]) -> Tensor:
-    tokens = tokenizer(
-        texts,
-        padding="max_length",
-        truncation=True,
-        max_length=tokenizer.model_max_length,
-        return_tensors="pt",
-    )
-    pooled = model.text_model(input_ids=tokens.input_ids.to(model.device)).pooler_output
+    ids = tokenise(tokenizer, texts).to(model.device)
+    pooled = model.text_model(input_ids=ids).pooler_output
     return F.normalize(model.text_projection(pooled), dim=1)
 
 
