@@ -28,7 +28,7 @@ from bksdm_tune import processes
 from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
 from bksdm_tune.errors import DataError
 from bksdm_tune.optim import EMA, align_state
-from bksdm_tune.precision import at_least_single, autocast
+from bksdm_tune.precision import at_least_single, autocast, choose
 
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
@@ -74,6 +74,20 @@ class LoopSettings:
     keep: int | None = 1
     precision: str = "no"  # no, bf16, fp16
     device: str = "cpu"
+
+    @staticmethod
+    def of(training: Any, output: Any, device: str) -> LoopSettings:
+        """As the training and output flags of a verb ask for it."""
+        return LoopSettings(
+            steps=training.steps,
+            accumulation=training.accumulation,
+            max_grad_norm=training.max_grad_norm,
+            seed=training.seed,
+            checkpoint_every=output.checkpoint_every,
+            keep=output.keep,
+            precision=choose(training.precision, device),
+            device=device,
+        )
 
 
 def shuffled(size: int, batch_size: int, seed: int) -> Batches:

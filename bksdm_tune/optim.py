@@ -56,6 +56,22 @@ def make_optimiser(
         ) from None
 
 
+def make_all(
+    training: Any, groups: list[dict[str, Any]]
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler, EMA | None]:
+    """Optimiser, schedule and average as the training flags of a verb ask for them.
+
+    Raises:
+        UsageError: as ``make_optimiser``.
+    """
+    optimiser = make_optimiser(training.optimiser, groups, training.weight_decay)
+    schedule = make_schedule(
+        training.lr_scheduler, optimiser, training.lr_warmup_steps, training.steps
+    )
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    return optimiser, schedule, EMA(parameters, training.ema) if training.ema else None
+
+
 @torch.no_grad()
 def align_state(optimiser: torch.optim.Optimizer) -> None:
     """Give loaded state the memory layout of its parameters.

@@ -11,7 +11,7 @@ from bksdm_tune import processes
 from bksdm_tune.artifacts import MANIFEST, content_key, read_manifest
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.pipeline_folder import check_resolution, native_resolution
-from bksdm_tune.resolve import Parts, hash_parts, resolve, unet_config
+from bksdm_tune.resolve import Parts, hash_parts, hash_weights, resolve, unet_config
 from bksdm_tune.unet_configs import PLANS, check_teacher
 from distill.cache import KIND as CACHE_KIND
 from distill.cache import LatentCache
@@ -76,10 +76,9 @@ def prepare(config: Config, device: str) -> Job:
 
 def cache_facts(parts: Parts, resolution: int, embeds: bool, data: Any) -> dict[str, Any]:
     """What a cache was made with, and what training asks of it."""
-    hashes = hash_parts(parts)
     return {
-        "vae": hashes["vae"],
-        "text_encoder": hashes["text_encoder"] if embeds else None,
+        "vae": hash_weights(parts.root / "vae"),
+        "text_encoder": hash_weights(parts.root / "text_encoder") if embeds else None,
         "resolution": resolution,
         "crop": CROP,
         "data": content_key(data),

@@ -16,7 +16,7 @@ from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Event, LoopSettings, Tracker, fit
 from bksdm_tune.memory import peak_memory_gb
-from bksdm_tune.optim import EMA, make_optimiser, make_schedule
+from bksdm_tune.optim import EMA, make_all
 from bksdm_tune.pipeline import Shot, assemble, draw, load_part
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.runs import claim
@@ -52,27 +52,11 @@ def train(job: Job) -> bool:
 def learn(job: Job) -> Learner:
     training, output = job.config.training, job.config.output
     learner = build(job)
-    optimiser = make_optimiser(
-        training.optimiser, learner.trainable.parameter_groups(), training.weight_decay
-    )
-    schedule = make_schedule(
-        training.lr_scheduler, optimiser, training.lr_warmup_steps, training.steps
-    )
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
-    ema = EMA(parameters, training.ema) if training.ema else None
+    optimiser, schedule, ema = make_all(training, learner.trainable.parameter_groups())
     events: tuple[Event, ...] = ()
     if output.preview_prompts:
         events = (Event(output.preview_every, previewer(job, learner, ema)),)
-    settings = LoopSettings(
-        steps=training.steps,
-        accumulation=training.accumulation,
-        max_grad_norm=training.max_grad_norm,
-        seed=training.seed,
-        checkpoint_every=output.checkpoint_every,
-        keep=output.keep,
-        precision=precision.choose(training.precision, job.device),
-        device=job.device,
-    )
+    settings = LoopSettings.of(training, output, job.device)
     fit(
         learner.objective, learner.trainable, learner.batches, optimiser, schedule, settings,
         job.folder, ema, events, job.folder.name, make_trackers(job),

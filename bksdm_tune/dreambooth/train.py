@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune import architecture, precision
+from bksdm_tune import architecture
 from bksdm_tune.artifacts import MANIFEST, free_disk, locked, write_manifest
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
@@ -17,7 +17,7 @@ from bksdm_tune.dreambooth.learner import Learner, build
 from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.memory import peak_memory_gb
-from bksdm_tune.optim import EMA, make_optimiser, make_schedule
+from bksdm_tune.optim import make_all, make_optimiser
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.resolve import unet_config
 from bksdm_tune.runs import claim
@@ -55,11 +55,7 @@ def load(job: Job, paths: list[Path], hashes: list[str]) -> Learner:
 def optimise(job: Job, learner: Learner) -> None:
     training, output, steps = job.config.training, job.config.output, job.config.training.steps
     assert steps and output.checkpoint_every
-    optimiser = make_optimiser(
-        training.optimiser, learner.trainable.parameter_groups(), training.weight_decay
-    )
-    schedule = make_schedule(training.lr_scheduler, optimiser, training.lr_warmup_steps, steps)
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    optimiser, schedule, ema = make_all(training, learner.trainable.parameter_groups())
 
     def preview(step: int) -> None:
         if step < steps or training.ema is None:
@@ -71,18 +67,9 @@ def optimise(job: Job, learner: Learner) -> None:
         learner.batches,
         optimiser,
         schedule,
-        LoopSettings(
-            steps=steps,
-            accumulation=training.accumulation,
-            max_grad_norm=training.max_grad_norm,
-            seed=training.seed,
-            checkpoint_every=output.checkpoint_every,
-            keep=output.keep,
-            precision=precision.choose(training.precision, job.device),
-            device=job.device,
-        ),
+        LoopSettings.of(training, output, job.device),
         job.folder,
-        EMA(parameters, training.ema) if training.ema else None,
+        ema,
         (Event(output.preview_every, preview),),
         title=job.folder.name,
     )
