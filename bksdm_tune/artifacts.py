@@ -91,12 +91,13 @@ def free_disk(folder: Path) -> int:
 
 
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
-    """Bytes and sha256 of every file under ``folder`` except the manifest and hidden files."""
+    """Bytes and sha256 of every file under ``folder`` that makes the artifact: not the manifest,
+    not hidden files, not checkpoints (whoever has the result may delete those)."""
     files = {}
     for path in sorted(folder.rglob("*")):
         relative = path.relative_to(folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if path.is_file() and relative.as_posix() != MANIFEST and not hidden:
+        aside = any(part.startswith((".", "checkpoint-")) for part in relative.parts)
+        if path.is_file() and relative.as_posix() != MANIFEST and not aside:
             files[relative.as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": sha256_file(path),

@@ -38,6 +38,8 @@ def artifact(tmp_path: Path) -> Path:
     (folder / "weights").write_bytes(b"abc")
     (folder / "samples" / "0.png").write_bytes(b"picture")
     (folder / ".lock").touch()
+    (folder / "checkpoint-3").mkdir()
+    (folder / "checkpoint-3" / "state").write_bytes(b"to resume from")
     write_manifest(folder, "run", {"steps": 3}, parents={"backbone": "x"}, results={"loss": 0.5})
     return folder
 

@@ -7,11 +7,33 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from tyro.conf import arg
+from tyro.constructors import PrimitiveConstructorSpec
 
 from bksdm_tune.config import check_positive, check_range, group
 from bksdm_tune.errors import UsageError
 
 Prior = Literal["images", "prediction", "none"]
+Scheduler = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
+
+
+def read_switch(words: list[str]) -> bool:
+    """Nothing after the flag, or true: on; false: off."""
+    known = {(): True, ("true",): True, ("false",): False}
+    given = tuple(word.lower() for word in words)
+    if given not in known:
+        raise ValueError("true or false is wanted; nothing after the flag means true")
+    return known[given]
+
+
+SWITCH = PrimitiveConstructorSpec(
+    nargs=(0, 1),
+    metavar="[true|false]",
+    instance_from_str=read_switch,
+    is_instance=lambda value: value is None or isinstance(value, bool),
+    str_from_instance=lambda value: [str(value)],
+)
 
 
 @dataclass(frozen=True)
@@ -77,9 +99,7 @@ class Training:
     """Of the U-Net."""
     text_encoder_lr: float | None = None
     """Of the text encoder; default: as the U-Net's."""
-    lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-    ] = "constant"
+    lr_scheduler: Scheduler | None = None
     """Learning-rate schedule."""
     lr_warmup_steps: int = 0
     """Optimiser steps of warm-up, for the schedules that have one."""
@@ -99,8 +119,8 @@ class Training:
     """Less memory, about a third more time."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention backend."""
-    train_text_encoder: bool = False
-    """Train the text encoder too; --recipe bksdm does."""
+    train_text_encoder: Annotated[bool | None, SWITCH] = None
+    """Train the text encoder too; default: on a miniature backbone and under --recipe bksdm."""
     min_snr_gamma: float | None = None
     """Min-SNR loss weights; 5 is usual. Default: none."""
     offset_noise: float = 0.0
@@ -160,7 +180,7 @@ class PriorPreservation:
     prior: Prior | None = None
     """images: the backbone's own class pictures; prediction: its own output on the photos' noised
     latents under the class prompt; none."""
-    prior_weight: Annotated[float, arg(aliases=("--prior-loss-weight",))] = 1.0
+    prior_weight: Annotated[float | None, arg(aliases=("--prior-loss-weight",))] = None
     """Weight of the prior loss."""
     class_images: Annotated[int | None, arg(aliases=("--num-class-images",))] = None
     """How many, for --prior images."""

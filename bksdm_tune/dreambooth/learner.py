@@ -83,6 +83,7 @@ def build(
 ) -> Learner:
     """Load models and data.  ``prompts``: what will be drawn, beside the two training prompts."""
     config = job.config
+    assert config.prior.prior_weight is not None
     torch.manual_seed(config.training.seed)
     photos = job.photos.photos
     instance = moments_of(job, [p.path for p in photos], [p.sha256 for p in photos])

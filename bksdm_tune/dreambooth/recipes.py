@@ -2,7 +2,7 @@
 
 ``full-size`` is the BK-SDM reference recipe with the text encoder frozen; ``bksdm`` the reference
 to the letter (nota-ai/BK-SDM's DreamBooth script); ``miniature`` is for backbones of the pocket
-family's size, which lose the subject under either prior at this many steps (docs/plan.md).
+family's size, chosen by measurement (docs/dreambooth.md).
 """
 
 from __future__ import annotations
@@ -14,22 +14,25 @@ from bksdm_tune.dreambooth.config import Config
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
+TEXT_LINEAR = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 
 # fmt: off
 ROWS: dict[str, tuple[Any, Any, Any]] = {
     #                         bksdm                 full-size             miniature
-    "steps":                (800,                  800,                  300),
+    "steps":                (800,                  800,                  600),
     "batch_size":           (1,                    1,                    2),
-    "learning_rate/lora":   (1e-4,                 1e-4,                 1e-3),
+    "learning_rate/lora":   (1e-4,                 1e-4,                 1.5e-3),
     "learning_rate/full":   (1e-6,                 1e-6,                 1e-4),
-    "train_text_encoder":   (True,                 False,                False),
+    "lr_scheduler":         ("constant",           "constant",           "cosine"),
+    "train_text_encoder":   (True,                 False,                True),
     "rank":                 (16,                   16,                   16),
     "alpha":                (27.0,                 27.0,                 16.0),
     "text_encoder_rank":    (16,                   16,                   16),
     "text_encoder_alpha":   (17.0,                 17.0,                 16.0),
     "targets":              (("to_q", "to_v"),     ("to_q", "to_v"),     ATTENTION + FEED_FORWARD),
-    "text_encoder_targets": (("q_proj", "v_proj"), ("q_proj", "v_proj"), ("q_proj", "v_proj")),
-    "prior":                ("images",             "prediction",         "none"),
+    "text_encoder_targets": (("q_proj", "v_proj"), ("q_proj", "v_proj"), TEXT_LINEAR),
+    "prior":                ("images",             "prediction",         "prediction"),
+    "prior_weight":         (1.0,                  1.0,                  0.3),
     "class_images":         (200,                  200,                  64),
     "checkpoint_every":     (200,                  200,                  100),
 }
@@ -67,9 +70,6 @@ def filled(config: Config, name: str, method: str, resolution: int) -> Config:
         changes = {field_name: values[field_name] for field_name in unset if field_name in values}
         groups[group_field.name] = replace(group, **changes)
     training = groups["training"]
-    groups["training"] = replace(
-        training,
-        train_text_encoder=training.train_text_encoder or values["train_text_encoder"],
-        text_encoder_lr=training.text_encoder_lr or training.learning_rate,
-    )
+    rate = training.text_encoder_lr or training.learning_rate
+    groups["training"] = replace(training, text_encoder_lr=rate)
     return replace(config, **groups)
