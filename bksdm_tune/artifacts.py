@@ -21,6 +21,7 @@ from typing import Any
 from bksdm_tune.errors import DataError, UsageError
 
 MANIFEST = "manifest.json"
+IDENTITY = ".run.json"  # in a run folder from the first step on; the manifest only from the last
 REPORTED_PACKAGES = ("bksdm-tune", "torch", "diffusers", "transformers", "peft", "accelerate")
 
 

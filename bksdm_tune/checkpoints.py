@@ -6,18 +6,15 @@ pickled: a tree of tensors and JSON values is split into a safetensors file and 
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
-import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from bksdm_tune.artifacts import atomic_folder
@@ -68,15 +65,10 @@ def load_tree(path: Path) -> Any:
     return join_tree(skeleton, tensors)
 
 
-@contextlib.contextmanager
-def full_disk_as_os_error() -> Iterator[None]:
-    """safetensors reports a full disk as its own error, without the number."""
-    try:
-        yield
-    except SafetensorError as error:
-        if "No space left" in str(error):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-        raise
+def drop_unfinished(folder: Path) -> None:
+    """Delete what a killed run was writing; nobody else may be writing there."""
+    for path in folder.glob(".checkpoint-*"):
+        shutil.rmtree(path)
 
 
 def list_checkpoints(folder: Path) -> list[tuple[int, Path]]:
@@ -95,7 +87,7 @@ def save_checkpoint(
     """Write ``checkpoint-<step>`` atomically, then drop all but the last ``keep``."""
     target = folder / f"checkpoint-{step}"
     if not target.exists():
-        with atomic_folder(target) as scratch, full_disk_as_os_error():
+        with atomic_folder(target) as scratch:
             save_weights(scratch)
             save_tree(scratch / STATE_FILE, state)
     if keep is not None:

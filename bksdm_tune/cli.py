@@ -103,11 +103,21 @@ def main(argv: list[str]) -> int:
         silence(sys.stdout)
         return PIPE_CLOSED
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return full_disk(error.filename)
+        if error.errno is None or error.filename is None:
             raise
-        silence(sys.stdout)
-        where = f" at {error.filename}" if error.filename else ""
-        return complain(f"disk full{where}: free some space, then repeat.", DataError.exit_code)
+        return complain(f"{error.filename}: {error.strerror}.", DataError.exit_code)
+    except Exception as error:
+        if "No space left on device" in str(error):  # safetensors has an error of its own
+            return full_disk(None)
+        raise
+
+
+def full_disk(where: str | None) -> int:
+    silence(sys.stdout)
+    place = f" at {where}" if where else ""
+    return complain(f"disk full{place}: free some space, then repeat.", DataError.exit_code)
 
 
 def complain(message: str, code: int) -> int:

@@ -17,6 +17,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.errors import UsageError
 
 T = TypeVar("T")
@@ -76,7 +77,7 @@ def save_toml(path: Path, config: Any) -> None:
     """Write a dataclass such that ``load_toml`` gives back an equal one."""
     import tomli_w
 
-    path.write_bytes(tomli_w.dumps(_to_table(config)).encode())
+    write_text_atomic(path, tomli_w.dumps(_to_table(config)))
 
 
 def parse(cls: type[T], argv: list[str], prog: str, description: str | None = None) -> T:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tyro.conf import Positional
 
 from bksdm_tune.artifacts import MANIFEST, read_manifest
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
-from bksdm_tune.resolve import Parts, resolve
+from bksdm_tune.resolve import ADAPTER, Parts, resolve
 
 SUBJECT = "{subject}"
 
@@ -50,30 +52,49 @@ class Config:
         check_range("--batch-size", self.batch_size, 1)
 
 
-def find_parts(config: Config) -> tuple[Parts, str | None]:
-    """The parts to draw with, and what {subject} stands for (None: nothing was learned).
+class Model(NamedTuple):
+    """What to draw with."""
 
+    parts: Parts
+    trigger: str | None = None
+    """What {subject} stands for; None: nothing was learned."""
+    side: int | None = None
+    """Of the pictures in pixels; None: the backbone's own."""
+
+
+def find_model(config: Config) -> Model:
+    """
     Raises:
         UsageError: the adapter does not say what it goes on and --backbone does not either.
+        DataError: the model lacks something.
     """
     path = Path(config.model)
     if path.suffix == ".safetensors" and path.is_file():
         return _adapter_file(path, config)
+    if config.backbone is not None:
+        raise UsageError(
+            "--backbone says what an adapter file goes on; "
+            f"{config.model} is no .safetensors file and knows its own."
+        )
     parts = resolve(config.model, config.base)
-    if (path / MANIFEST).is_file():
-        return parts, read_manifest(path)["results"].get("trigger")
-    return parts, None
+    if not (path / MANIFEST).is_file():
+        return Model(parts)
+    manifest = read_manifest(path)
+    side = manifest["config"].get("training", {}).get("resolution")
+    return Model(parts, manifest["results"].get("trigger"), side)
 
 
-def _adapter_file(path: Path, config: Config) -> tuple[Parts, str | None]:
+def _adapter_file(path: Path, config: Config) -> Model:
     from bksdm_tune.adapters import read_provenance
 
+    if config.backbone is None and path.name == ADAPTER and (path.parent / MANIFEST).is_file():
+        return find_model(replace(config, model=str(path.parent)))  # the run knows where it lies
     made_from = read_provenance(path)
     ref = config.backbone or (made_from.backbone if made_from else None)
     if ref is None:
         raise UsageError(f"{path} does not say what it goes on; name it with --backbone.")
     parts = replace(resolve(ref, config.base), adapter=path)
-    return parts, made_from.trigger if made_from else None
+    return Model(parts, made_from.trigger if made_from else None)
 
 
 def fill_subject(prompt: str, trigger: str | None) -> str:
@@ -85,21 +106,44 @@ def fill_subject(prompt: str, trigger: str | None) -> str:
     return prompt.replace(SUBJECT, trigger or "")
 
 
+def free_name(out: Path, stem: str, settings: str) -> Path:
+    """``stem.png``, or with a number if a picture of other settings has that name."""
+    for number in itertools.count(1):
+        path = out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
+        if not path.exists() or settings_of(path) == settings:
+            return path
+    raise AssertionError
+
+
+def settings_of(path: Path) -> str | None:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            return image.info.get("bksdm_tune")
+    except OSError:
+        return None
+
+
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune generate")
-    parts, trigger = find_parts(config)
-    prompt = fill_subject(config.prompt, trigger)
-    from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, save_png
+    model = find_model(config)
+    prompt = fill_subject(config.prompt, model.trigger)
+    here = Path(config.model)
+    out = config.out or (here if here.is_dir() else Path()) / "generated"
+    there = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not there.is_dir():  # said before hours of drawing
+        raise UsageError(f"--out {out} cannot be a folder: {there} is a file.")
+    from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, save_png, settings_text
 
     shot = Shot(prompt, config.seed, config.steps, config.guidance, config.negative_prompt)
     shots = expand(shot, config.n)
-    pictures = draw(load_pipeline(parts), shots, config.batch_size)
-    here = Path(config.model)
-    out = config.out or (here if here.is_dir() else Path()) / "generated"
+    pictures = draw(load_pipeline(model.parts), shots, config.batch_size, model.side)
     out.mkdir(parents=True, exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in prompt)[:60].strip("-")
     for picture, shot in zip(pictures, shots, strict=True):
-        path = out / f"{slug}-{shot.seed}.png"
-        save_png(path, picture, shot, model=config.model)
+        facts = {"model": config.model}
+        path = free_name(out, f"{slug}-{shot.seed}", settings_text(shot, facts))
+        save_png(path, picture, shot, **facts)
         print(path)
     return 0

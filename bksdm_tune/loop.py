@@ -25,7 +25,13 @@ import torch
 from tqdm import tqdm
 
 from bksdm_tune import processes
-from bksdm_tune.checkpoints import STATE_FILE, list_checkpoints, load_tree, save_checkpoint
+from bksdm_tune.checkpoints import (
+    STATE_FILE,
+    drop_unfinished,
+    list_checkpoints,
+    load_tree,
+    save_checkpoint,
+)
 from bksdm_tune.errors import DataError
 from bksdm_tune.optim import EMA, align_state
 from bksdm_tune.precision import at_least_single, autocast, choose
@@ -206,6 +212,8 @@ def fit(
             save_checkpoint(folder, step, state, trainable.save, settings.keep)
         processes.wait()
 
+    if processes.rank() == 0:
+        drop_unfinished(folder)
     first, stream, stop = step, batches(step * settings.accumulation), 0.0
     log = Log(folder / "log.jsonl", step)
     quiet = True if processes.rank() else None  # None: quiet where there is no terminal
@@ -243,10 +251,12 @@ def fit(
             if not (
                 math.isfinite(numbers["loss"]) and (scaler.is_enabled() or math.isfinite(length))
             ):
+                checkpoint()
                 raise DataError(
                     f"The loss became {numbers['loss']} and its gradient's norm {length} at step "
-                    f"{step + 1}; training stopped before that step and the last good state is "
-                    f"kept in {folder}. Try a lower learning rate."
+                    f"{step + 1}; training stopped before that step, and the last good state is "
+                    f"kept in {folder / f'checkpoint-{step}'}. Try a lower learning rate in "
+                    "another folder."
                 )
             scaler.step(optimiser)
             scaler.update()
@@ -261,6 +271,6 @@ def fit(
             for tracker in trackers if processes.rank() == 0 else ():
                 tracker(step, numbers | {"lr": rate})
             bar.update()
-            bar.set_postfix(loss=f"{numbers['loss']:.4f}", refresh=False)
+            bar.set_postfix({k: f"{v:.4g}" for k, v in numbers.items()}, refresh=False)
     if ema is not None:
         ema.copy_to_parameters()

@@ -8,8 +8,15 @@ import sys
 import torch
 
 
+def forget_peak(device: str) -> None:
+    """Begin anew, where that can be done: on an accelerator."""
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
 def peak_memory_gb(device: str) -> float:
-    """GB (1e9 bytes) since the process began."""
+    """GB (1e9 bytes) since the process began, or since the peak was forgotten."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e9
     unit = 1 if sys.platform == "darwin" else 1024

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,6 +15,23 @@ OptimiserName = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
 ScheduleName = Literal[
     "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
 ]
+
+
+LIBRARIES = {"adamw8bit": ("bitsandbytes", "gpu"), "prodigy": ("prodigyopt", "prodigy")}
+
+
+def check_optimiser(name: OptimiserName) -> None:
+    """Raises UsageError: the optimiser's library is not installed, or does not load."""
+    if name not in LIBRARIES:
+        return
+    library, extra = LIBRARIES[name]
+    try:
+        importlib.import_module(library)
+    except ImportError as error:
+        raise UsageError(
+            f"--optimiser {name} needs a library that does not load here ({error}). "
+            f"Type: pip install 'bksdm-tune[{extra}]', or choose --optimiser adamw."
+        ) from None
 
 
 def make_optimiser(
@@ -40,20 +58,14 @@ def make_optimiser(
             relative_step=False,
             weight_decay=weight_decay,
         )
-    try:
-        if name == "adamw8bit":
-            from bitsandbytes.optim import AdamW8bit
+    check_optimiser(name)
+    if name == "adamw8bit":
+        from bitsandbytes.optim import AdamW8bit
 
-            return AdamW8bit(groups, betas=betas, weight_decay=weight_decay)
-        from prodigyopt import Prodigy
+        return AdamW8bit(groups, betas=betas, weight_decay=weight_decay)
+    from prodigyopt import Prodigy
 
-        return Prodigy(groups, betas=betas, weight_decay=weight_decay)
-    except ImportError as error:
-        extra = "gpu" if name == "adamw8bit" else "prodigy"
-        raise UsageError(
-            f"--optimiser {name} needs a library that does not load here ({error}). "
-            f"Type: pip install 'bksdm-tune[{extra}]', or choose --optimiser adamw."
-        ) from None
+    return Prodigy(groups, betas=betas, weight_decay=weight_decay)
 
 
 def make_all(
@@ -83,6 +95,16 @@ def align_state(optimiser: torch.optim.Optimizer) -> None:
         for name, value in state.items():
             if isinstance(value, torch.Tensor) and value.shape == parameter.shape:
                 state[name] = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+
+
+def check_training(training: Any) -> None:
+    """Raises UsageError: the optimiser does not load, or a flag would do nothing."""
+    check_optimiser(training.optimiser)
+    if training.lr_warmup_steps and training.lr_scheduler == "constant":
+        raise UsageError(
+            "--lr-warmup-steps does nothing with --lr-scheduler constant; "
+            "choose --lr-scheduler constant_with_warmup."
+        )
 
 
 def make_schedule(

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from bksdm_tune import adapters, architecture
-from bksdm_tune.errors import UsageError
+from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.resolve import Parts, unet_config
 
 # diffusers warns about the safety checker that small and compressed pipelines do not ship.
@@ -77,7 +77,7 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     """The whole pipeline on a device, in float32 on a CPU and float16 elsewhere, adapter included.
 
     Raises:
-        DataError: the adapter belongs to another architecture.
+        DataError: the adapter belongs to another architecture, or does not fit.
     """
     device = device or best_device()
     dtype = torch.float32 if device == "cpu" else torch.float16
@@ -90,7 +90,12 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     text = (load_part(parts, "tokenizer"), text_encoder)
     pipe = assemble(unet, vae, load_part(parts, "scheduler"), text).to(device)
     if parts.adapter is not None:
-        pipe.load_lora_weights(parts.adapter.parent, weight_name=parts.adapter.name)
+        try:
+            pipe.load_lora_weights(parts.adapter.parent, weight_name=parts.adapter.name)
+        except (RuntimeError, ValueError) as error:
+            raise DataError(
+                f"{parts.adapter} does not fit {parts.name}: {str(error).splitlines()[0]}"
+            ) from None
     return pipe
 
 
@@ -143,11 +148,16 @@ def expand(shot: Shot, count: int) -> list[Shot]:
     return [replace(shot, seed=shot.seed + i) for i in range(count)]
 
 
+def settings_text(shot: Shot, facts: dict[str, str]) -> str:
+    return json.dumps(asdict(shot) | facts, sort_keys=True)
+
+
 def save_png(path: Path, image: Image.Image, shot: Shot, **facts: str) -> None:
     """PNG with its settings in text chunks: ``prompt``, ``seed``, ... and all as JSON."""
     info = PngInfo()
-    settings = asdict(shot) | facts
-    for key, value in settings.items():
+    for key, value in (asdict(shot) | facts).items():
         info.add_text(key, str(value))
-    info.add_text("bksdm_tune", json.dumps(settings, sort_keys=True))
-    image.save(path, pnginfo=info)
+    info.add_text("bksdm_tune", settings_text(shot, facts))
+    scratch = path.with_name(f".{path.name}.tmp")  # a picture that is there is whole
+    image.save(scratch, "PNG", pnginfo=info)
+    scratch.replace(path)

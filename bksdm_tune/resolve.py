@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune.artifacts import MANIFEST, content_key, read_manifest, sha256_file
+from bksdm_tune.artifacts import IDENTITY, MANIFEST, content_key, read_manifest, sha256_file
 from bksdm_tune.backbones import (
     BACKBONES,
     EMBEDDED,
@@ -30,7 +30,7 @@ ADAPTER = "pytorch_lora_weights.safetensors"
 LORA_RUN = "dreambooth-lora"
 REQUIRED_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"(?!runs/)\w[\w.-]*/\w[\w.-]*")  # runs/x is a folder of ours, gone or mistyped
 # Weights in the root of a pipeline repository are single-file copies of what the folders hold; only
 # a U-Net repository has its own there.
 WANTED = ["*.json", "*.txt", "*/*.safetensors", "diffusion_pytorch_model*.safetensors", "LICENSE*"]
@@ -115,6 +115,11 @@ def _from_path(path: Path, base: str | None) -> Parts:
         manifest = read_manifest(path)
         if manifest["kind"] == LORA_RUN:
             return _from_lora_run(path, manifest, base)
+    elif (path / IDENTITY).is_file():
+        raise DataError(
+            f"{path} is a run that has not finished. Type the command that began it again: it goes "
+            "on from the last checkpoint."
+        )
     return _from_folder(path, path.name, str(path), base, None)
 
 
@@ -178,6 +183,8 @@ def check_weights(folder: Path, ref: str) -> None:
     """Raise DataError unless a model folder has plain safetensors, saying how to make them."""
     found = sorted(path.name for path in folder.iterdir() if path.is_file())
     weights = [name for name in found if name.endswith(".safetensors")]
+    for name in weights:
+        check_whole(folder / name)
     if any(".fp16." not in name for name in weights):
         return
     others = weights or [name for name in found if name.endswith(PICKLES)]
@@ -190,6 +197,17 @@ def check_weights(folder: Path, ref: str) -> None:
         f'  python -c "from diffusers import {loader} as M; '
         f"M.from_pretrained('{ref}'{variant}).save_pretrained('FOLDER')\""
     )
+
+
+def check_whole(path: Path) -> None:
+    """Raise DataError if a safetensors file is shorter than its header says, or none at all."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "numpy"):
+            return
+    except SafetensorError as error:
+        raise DataError(f"{path} is damaged ({error}). Copy or download it again.") from None
 
 
 def hub_folder(hub_id: str) -> Path:

@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune.artifacts import MANIFEST, read_manifest, write_text_atomic
+from bksdm_tune.artifacts import IDENTITY, MANIFEST, locked, read_manifest, write_text_atomic
+from bksdm_tune.checkpoints import list_checkpoints
 from bksdm_tune.config import save_toml
 from bksdm_tune.errors import DataError, UsageError
 
-IDENTITY = ".run.json"  # there from the first step on; the manifest only from the last
+OPEN_ENDED = ("constant", "constant_with_warmup")  # schedules that know no last step
 
 
 def claim(folder: Path, facts: dict[str, Any], config: Any, kind: str, steps: int) -> bool:
@@ -21,9 +22,17 @@ def claim(folder: Path, facts: dict[str, Any], config: Any, kind: str, steps: in
 
     Raises:
         UsageError: it holds another run, or something that is no run.
+        DataError: it was trained for more steps.
     """
     if not occupy(folder, facts, "run", "another run"):
-        return _finished(folder, config, kind, steps)
+        reached = max((step for step, _ in list_checkpoints(folder)), default=0)
+        if reached > steps:
+            raise DataError(
+                f"{folder} was trained for {reached} steps, more than --steps {steps}. "
+                "Choose another folder with --out."
+            )
+        if _finished(folder, kind, steps):
+            return True
     save_toml(folder / "config.toml", config)
     return False
 
@@ -36,6 +45,23 @@ def occupy(folder: Path, facts: dict[str, Any], noun: str, other: str) -> bool:
     Raises:
         UsageError: it is for something else, or something else lies there.
     """
+    if _noted(folder, facts, noun, other):
+        return False
+    write_text_atomic(folder / IDENTITY, json.dumps(facts, indent=2, sort_keys=True) + "\n")
+    return True
+
+
+def look(folder: Path, facts: dict[str, Any], noun: str, other: str) -> None:
+    """Raise UsageError where ``occupy`` would, or while somebody writes there; change nothing."""
+    if folder.exists() and _noted(folder, facts, noun, other):
+        with locked(folder):
+            pass
+
+
+def _noted(folder: Path, facts: dict[str, Any], noun: str, other: str) -> bool:
+    """Whether ``folder`` is for these facts already; if not, it is empty."""
+    if not folder.is_dir():
+        raise UsageError(f"{folder} cannot be a folder: a file is in its way.")
     identity = folder / IDENTITY
     if identity.is_file():
         theirs = json.loads(identity.read_text())
@@ -44,31 +70,32 @@ def occupy(folder: Path, facts: dict[str, Any], noun: str, other: str) -> bool:
                 f"{folder} holds {other} ({', '.join(_differences(theirs, facts))} "
                 "differ). Choose another folder with --out, or delete this one."
             )
-        return False
+        return True
     strangers = [path.name for path in folder.iterdir() if path.name != ".lock"]
     if strangers:
         raise UsageError(
             f"{folder} is not empty and is no {noun} ({strangers[0]} lies there). "
             "Choose another folder with --out."
         )
-    write_text_atomic(identity, json.dumps(facts, indent=2, sort_keys=True) + "\n")
-    return True
+    return False
 
 
-def _finished(folder: Path, config: Any, kind: str, steps: int) -> bool:
+def without_steps(facts: dict[str, Any]) -> dict[str, Any]:
+    """A config's facts without the number of steps, where that decides no step before the last:
+    so a run can be made longer."""
+    training = dict(facts["training"])
+    if training["lr_scheduler"] in OPEN_ENDED:
+        training.pop("steps")
+    return facts | {"training": training}
+
+
+def _finished(folder: Path, kind: str, steps: int) -> bool:
     """A finished run with fewer steps than asked for is opened again; its checkpoints go on."""
     if not (folder / MANIFEST).is_file():
         return False
-    done = read_manifest(folder, kind)["results"]["steps"]
-    if done > steps:
-        raise DataError(
-            f"{folder} was trained for {done} steps, more than --steps {steps}. "
-            "Choose another folder with --out."
-        )
-    if done == steps:
+    if read_manifest(folder, kind)["results"]["steps"] == steps:
         return True
     (folder / MANIFEST).unlink()
-    save_toml(folder / "config.toml", config)
     return False
 
 

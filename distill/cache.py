@@ -87,7 +87,10 @@ def whole(folder: Path, number: int, thorough: bool) -> dict[str, Any] | None:
     tensors, facts_path = shard_paths(folder, number)
     if not (tensors.is_file() and facts_path.is_file()):
         return None
-    facts: dict[str, Any] = json.loads(facts_path.read_text())
+    try:
+        facts: dict[str, Any] = json.loads(facts_path.read_text())
+    except ValueError:
+        return None
     if tensors.stat().st_size != facts["bytes"]:
         return None
     if thorough and sha256_file(tensors) != facts["sha256"]:
@@ -111,7 +114,7 @@ class Writer:
     _position: int = 0
 
     def run(self, facts: dict[str, Any]) -> dict[str, int]:
-        """Rows cached and rows broken.
+        """Rows cached and rows skipped.
 
         Raises:
             UsageError: the folder holds something else.
@@ -121,18 +124,19 @@ class Writer:
             plan = facts | {"shard_rows": self.shard_rows}
             occupy(self.folder, plan, "cache", "a cache of other data, model, resolution or kind")
             (self.folder / MANIFEST).unlink(missing_ok=True)  # until all is whole again
-            skipped = Skipped(self.folder / "skipped.jsonl", self.max_broken)
-            skipped.path.unlink(missing_ok=True)
-            totals = {"rows": 0, "broken": 0}
+            listed = self.folder / "skipped.jsonl"
+            listed.unlink(missing_ok=True)
+            skipped = Skipped(listed, self.max_broken, self.source)
+            rows = 0
             with tqdm(desc="caching", total=self.source.size, unit="image", disable=None) as bar:
                 for number in itertools.count():
                     shard = whole(self.folder, number, thorough=True) or self.write(number)
                     bar.update(shard["read"])
                     skipped.note(shard["read"], [tuple(entry) for entry in shard["broken"]])
-                    totals["rows"] += len(shard["captions"])
-                    totals["broken"] += len(shard["broken"])
+                    rows += len(shard["captions"])
                     if shard["read"] < self.shard_rows:
                         break
+            totals = {"rows": rows, "skipped": len(skipped.names)}
             results = totals | {"shards": number + 1} | finish(self.folder, number + 1)
             write_manifest(self.folder, KIND, facts, results=results)
         return totals
@@ -147,9 +151,10 @@ class Writer:
     def write(self, number: int) -> dict[str, Any]:
         """One shard; its facts, written after it, make it whole."""
         tensors: dict[str, list[Tensor]] = {"latents": []}
-        facts: dict[str, Any] = {"read": 0, "names": [], "captions": [], "broken": []}
+        facts: dict[str, Any] = {"read": 0, "names": [], "captions": [], "places": [], "broken": []}
         rows = self.rows_from(number * self.shard_rows)
         for pictures in decode(passing(rows, self.batch_size), self.resolution, self.workers):
+            facts["places"] += [facts["read"] + place for place in pictures.places]
             facts["read"] += len(pictures.captions) + len(pictures.bad)
             facts["broken"] += pictures.bad
             facts["captions"] += pictures.captions
@@ -185,7 +190,11 @@ def finish(folder: Path, shards: int) -> dict[str, Any]:
 
 
 class LatentCache:
-    """Random access to a finished cache; shards are mapped, not loaded."""
+    """Random access to a finished cache; shards are mapped, not loaded, and checked when opened.
+
+    ``size`` counts the rows of the data, broken ones too, so that the order of training is that of
+    the data itself.
+    """
 
     def __init__(self, folder: Path) -> None:
         """
@@ -195,28 +204,44 @@ class LatentCache:
         self.folder = folder
         manifest = read_manifest(folder, KIND)
         self.facts: dict[str, Any] = manifest["config"]
-        shards = [
-            whole(folder, number, thorough=False) for number in range(manifest["results"]["shards"])
-        ]
-        bad = [shard_paths(folder, i)[0].name for i, facts in enumerate(shards) if facts is None]
-        if bad:
-            raise DataError(
-                f"{folder}: {', '.join(bad)} missing or truncated. Type the same "
-                "`bksdm-tune cache` command again: it makes only these anew."
-            )
-        self.captions = [text for facts in shards if facts for text in facts["captions"]]
-        counts = np.array([len(facts["captions"]) for facts in shards if facts])
+        self.skipped: int = manifest["results"]["skipped"]
+        numbers = range(manifest["results"]["shards"])
+        found = [whole(folder, number, thorough=False) for number in numbers]
+        self.shards = [facts for facts in found if facts]
+        if len(self.shards) < len(found):
+            bad = [shard_paths(folder, i)[0].name for i in numbers if found[i] is None]
+            raise self.damaged(", ".join(bad))
+        self.captions = [text for facts in self.shards for text in facts["captions"]]
+        counts = np.array([len(facts["captions"]) for facts in self.shards])
         self.ends = np.cumsum(counts)
         self.starts = self.ends - counts
-        self.size = len(self.captions)
-        if not self.size:
+        self.size: int = sum(facts["read"] for facts in self.shards)
+        if not self.captions:
             raise DataError(f"{folder} holds no pictures.")
+        self.rows = self._find_rows()
         self._files: dict[int, Any] = {}
         self._open = ExitStack()
 
+    def damaged(self, shards: str) -> DataError:
+        return DataError(
+            f"{self.folder}: {shards} missing or damaged. Type the same `bksdm-tune cache` "
+            "command again: it makes only these anew."
+        )
+
+    def _find_rows(self) -> np.ndarray:
+        """(size,): for every row of the data its number here, -1 for a broken picture."""
+        rows, first = np.full(self.size, -1), 0
+        for facts, start in zip(self.shards, self.starts, strict=True):
+            rows[first + np.array(facts["places"], int)] = start + np.arange(len(facts["places"]))
+            first += facts["read"]
+        return rows
+
     def _slice(self, shard: int, name: str) -> Any:
+        """Raises DataError: the shard's bytes are not those that were written."""
         if shard not in self._files:
             path = shard_paths(self.folder, shard)[0]
+            if sha256_file(path) != self.shards[shard]["sha256"]:
+                raise self.damaged(path.name)
             self._files[shard] = self._open.enter_context(safe_open(path, "pt"))
         return self._files[shard].get_slice(name)
 

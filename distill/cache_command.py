@@ -33,10 +33,9 @@ def main(argv: list[str]) -> int:
         config.out, source, encoders, resolution, config.batch_size, data.workers, data.max_broken
     )
     totals = writer.run(facts)
-    empty = f", {source.empty} without a caption" if source.empty else ""
     print(
         f"Wrote {config.out}: {totals['rows']:,} pictures and their mirror images; skipped "
-        f"{totals['broken']} broken{empty}."
+        f"{totals['skipped']} broken or without a caption."
     )
     return 0
 

@@ -39,10 +39,11 @@ Personalise it: `bksdm-tune dreambooth --backbone THIS-FOLDER --subject dog --lo
 | features | {features} |
 | caption dropout, offset noise, min-SNR gamma | {dropout:g}, {offset:g}, {gamma} |
 | delivered weights | {weights} |
+| losses, mean of the last steps | {losses} |
 | seconds, processes, peak memory | {seconds:.0f} s, {processes}, {memory:.2f} GB |
 
 `config.toml` reproduces it: `bksdm-tune distill --config config.toml --out NEW-FOLDER`.
-Scores: none were measured; `bksdm-tune evaluate THIS-FOLDER` measures them.
+Scores of its pictures: `bksdm-tune evaluate THIS-FOLDER` measures them.
 
 ## Licence
 
@@ -80,6 +81,7 @@ def card(job: Job, results: dict[str, Any]) -> str:
         offset=loss.offset_noise,
         gamma=loss.min_snr_gamma or "none",
         weights=f"moving average, decay {training.ema:g}" if training.ema else "the last ones",
+        losses=", ".join(f"{name} {value:.4g}" for name, value in results["losses"].items()),
         seconds=results["seconds"],
         processes=results["processes"],
         memory=results["peak_memory_gb"],

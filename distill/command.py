@@ -21,7 +21,9 @@ def main(argv: list[str]) -> int:
     if first:
         print(jobs.describe(job), flush=True)
     if config.output.dry_run:
-        print(dry_run.measure(job))
+        said = dry_run.measure(job)
+        if first:
+            print(said)
         return 0
     finished_now = train.train(job)
     if first and not finished_now:

@@ -129,7 +129,7 @@ class Training:
         check_range("--weight-decay", self.weight_decay, 0)
         check_positive("--max-grad-norm", self.max_grad_norm)
         check_range("--ema", self.ema, 0, 0.999999)
-        check_range("--seed", self.seed, 0)
+        check_range("--seed", self.seed, 0, 2**62)
 
 
 @dataclass(frozen=True)

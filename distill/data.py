@@ -42,8 +42,8 @@ class Source(Protocol):
     """What identifies the data, for caches and resumed runs."""
     size: int | None
     """Rows, where they are known without reading all."""
-    empty: int
-    """Rows left out so far because their caption is empty."""
+    empty: list[str]
+    """Names of rows left out because their caption is empty, until somebody lists them."""
 
     def once(self, start: int = 0) -> Iterator[Row]:
         """Every row in file order, from number ``start`` on."""
@@ -62,11 +62,14 @@ class Folder:
         column = _column(list(rows[0]), CAPTION_COLUMNS, caption_column, "--caption-column")
         if "file_name" not in rows[0]:
             raise DataError(f"{metadata} needs a column file_name; it has {', '.join(rows[0])}.")
-        pairs = [(str(row["file_name"]), str(row[column] or "").strip()) for row in rows]
+        pairs = [
+            (_file_name(metadata, number, row), str(row.get(column) or "").strip())
+            for number, row in enumerate(rows, 1)
+        ]
         self.root, self.rows = root, [pair for pair in pairs if pair[1]]
         self.size: int | None = len(self.rows)
-        self.empty = len(pairs) - len(self.rows)
-        self.facts = {"folder": self.rows}
+        self.empty = [name for name, caption in pairs if not caption]
+        self.facts = {"folder": [(*pair, _bytes(root / pair[0])) for pair in self.rows]}
         if not self.rows:
             raise DataError(f"{metadata}: every caption in column {column!r} is empty.")
 
@@ -91,7 +94,7 @@ class Stream:
 
     def __init__(self, dataset: Any, facts: dict[str, Any], columns: tuple[str, str]) -> None:
         self.dataset, self.facts, (self.image, self.caption) = dataset, facts, columns
-        self.empty = 0
+        self.empty: list[str] = []
 
     def once(self, start: int = 0) -> Iterator[Row]:
         return self._rows(self.dataset, start)
@@ -115,16 +118,24 @@ class Stream:
 
     def _rows(self, dataset: Any, start: int) -> Iterator[Row]:
         position = 0
-        for number, row in enumerate(dataset):
+        for number, row in enumerate(_readable(dataset)):
+            image = row[self.image] or {}
+            name = str(row.get("__key__") or image.get("path") or number)
             caption = _caption(row, self.caption)
             if not caption:
-                self.empty += 1
+                self.empty.append(name)
                 continue
             if position >= start:
-                image = row[self.image] or {}
-                name = str(row.get("__key__") or image.get("path") or number)
                 yield Row(name, image.get("bytes") or Path(image.get("path") or ""), caption)
             position += 1
+
+
+def _readable(dataset: Any) -> Iterator[dict[str, Any]]:
+    """Raises DataError: the source breaks off (a truncated shard, text that is not UTF-8, ...)."""
+    try:
+        yield from dataset
+    except Exception as error:  # the library and its file systems raise their own
+        raise DataError(f"--data cannot be read on ({type(error).__name__}: {error})") from None
 
 
 def open_source(
@@ -163,7 +174,11 @@ def open_source(
 
 
 def find_shards(ref: str) -> list[str]:
-    """The .tar files that a folder, a pattern (``*``, ``{000..131}``) or a URL names."""
+    """The .tar files that a folder, a pattern (``*``, ``{000..131}``) or a URL names.
+
+    Raises:
+        DataError: some of the shards that a range names are not on disk.
+    """
     if Path(ref).is_dir():
         return sorted(glob.glob(f"{ref}/*.tar"))
     if not ref.endswith(".tar"):
@@ -171,7 +186,14 @@ def find_shards(ref: str) -> list[str]:
     names = _expand(ref)
     if "://" in ref:
         return names
-    return [file for name in names for file in sorted(glob.glob(name))]
+    found = {name: sorted(glob.glob(name)) for name in names}
+    missing = [name for name in names if not found[name]]
+    if missing and len(names) > 1:
+        raise DataError(
+            f"--data {ref}: {len(missing)} of {len(names)} shards are not there: "
+            f"{', '.join(missing[:5])}."
+        )
+    return [file for name in names for file in found[name]]
 
 
 def _expand(pattern: str) -> list[str]:
@@ -237,6 +259,17 @@ def _column(columns: list[str], usual: tuple[str, ...], asked: str | None, flag:
     )
 
 
+def _file_name(table: Path, number: int, row: dict[str, Any]) -> str:
+    name = row.get("file_name")
+    if not name:
+        raise DataError(f"{table}: row {number} has no file_name.")
+    return str(name)
+
+
+def _bytes(path: Path) -> int | None:
+    return path.stat().st_size if path.is_file() else None
+
+
 def _file_facts(files: list[str]) -> dict[str, Any]:
     """Names, and sizes where they are local: content would take hours at 2.3 million pairs."""
     return {
@@ -266,7 +299,10 @@ def _read_csv(path: Path) -> list[dict[str, Any]]:
 
 def _read_jsonl(path: Path) -> list[dict[str, Any]]:
     lines = path.read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines if line.strip()]
+    rows = [json.loads(line) for line in lines if line.strip()]
+    if not all(isinstance(row, dict) for row in rows):
+        raise ValueError("every line must be an object with file_name and text")
+    return rows
 
 
 def _read_parquet(path: Path) -> list[dict[str, Any]]:

@@ -2,92 +2,103 @@
 
 from __future__ import annotations
 
-import contextlib
-import time
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import psutil
 import torch
 
-from bksdm_tune import precision
+from bksdm_tune import processes
 from bksdm_tune.artifacts import free_disk
 from bksdm_tune.errors import DataError
-from bksdm_tune.memory import peak_memory_gb
-from bksdm_tune.optim import make_optimiser
+from bksdm_tune.memory import forget_peak, peak_memory_gb
+from bksdm_tune.optim import make_all
+from bksdm_tune.precision import choose
+from bksdm_tune.trial import step_seconds
 from distill.job import Job
 from distill.learner import Learner, build
 
 SHARE = 0.9  # of the free memory that a batch may need
+LARGEST = 4096
 
 
 def measure(job: Job) -> str:
-    """Take real steps at batches 1, 2, 4, ... and say what a run would cost; nothing is kept.
+    """Take real steps at growing batches and say what a run would cost; nothing is kept.
 
     Raises:
-        DataError: not even the loss of a first step is finite.
+        DataError: not even a batch of 1 fits, or the loss of a first step is not finite.
     """
-    learner = build(job)
-    latents, embeds = next(learner.batches(0))
-    optimiser = make_optimiser(job.config.training.optimiser, learner.trainable.parameter_groups())
-    batch, seconds = 0, 0.0
-    size = 1
-    while size <= 4096 and fits_next(job.device, batch, size):
-        try:
-            seconds = step(job, learner, optimiser, latents[:1], embeds[:1], size)
-        except torch.OutOfMemoryError:
-            break
-        batch, size = size, size * 2
-        if job.device == "cpu" and batch >= job.config.training.batch_size:
-            break  # more gains nothing there and takes long to try
-    return report(job, learner, batch, seconds)
-
-
-def fits_next(device: str, batch: int, size: int) -> bool:
-    """On a CPU memory is not refused but swapped, so stop before: the need grows with the batch."""
-    if device != "cpu" or batch == 0:
-        return True
-    used = psutil.Process().memory_info().rss
-    return used * size / batch < SHARE * (psutil.virtual_memory().available + used)
-
-
-def step(
-    job: Job,
-    learner: Learner,
-    optimiser: torch.optim.Optimizer,
-    latents: torch.Tensor,
-    embeds: torch.Tensor,
-    size: int,
-) -> float:
-    """Seconds of the second of two steps."""
-    seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        with precision.autocast(job.config.training.precision, job.device):
-            loss = learner.objective(
-                (latents.expand(size, -1, -1, -1).clone(), embeds.expand(size, -1, -1))
-            )["loss"]
-        if not loss.isfinite():
-            raise DataError(f"The loss is {loss.item()} on the first step.")
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        with contextlib.suppress(RuntimeError, AssertionError):
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - started
-    return seconds
-
-
-def report(job: Job, learner: Learner, batch: int, seconds: float) -> str:
+    with tempfile.TemporaryDirectory() as scratch:
+        elsewhere = replace(job.config.output, out=Path(scratch))  # for what reading data lists
+        learner = build(replace(job, config=replace(job.config, output=elsewhere)))
+        latents, embeds = next(learner.batches(0))
     training = job.config.training
-    rate = batch / seconds
+    optimiser, _, ema = make_all(training, learner.trainable.parameter_groups())
+
+    def step(size: int) -> float:
+        batch = (latents[:1].expand(size, -1, -1, -1).clone(), embeds[:1].expand(size, -1, -1))
+        precision = choose(training.precision, job.device)
+        return step_seconds(learner.objective, batch, optimiser, ema, precision, job.device)
+
+    # on a CPU more than was asked for gains nothing and takes long to try
+    limit = training.batch_size if job.device == "cpu" else LARGEST
+    peaks: dict[int, float] = {}
+    batch = largest(lambda size: fits(job.device, size, step, peaks), limit)
+    if not batch:
+        raise DataError(
+            "Not even a batch of 1 fits into memory. Try --gradient-checkpointing, "
+            "--mixed-precision bf16, a smaller --resolution or --optimiser adafactor."
+        )
+    used = min(batch, training.batch_size)
+    return report(job, learner, batch, peaks[batch], used, step(used))
+
+
+def largest(fits: Callable[[int], bool], limit: int) -> int:
+    """The largest size up to ``limit`` that fits, to an eighth of it; 0 if not even 1 does."""
+    low, high, size = 0, limit + 1, 1
+    while high - low > max(1, low // 8):
+        if fits(size):
+            low = size
+        else:
+            high = size
+        size = min(2 * low, limit) if high > limit else (low + high) // 2
+    return low
+
+
+def fits(device: str, size: int, step: Callable[[int], float], peaks: dict[int, float]) -> bool:
+    """Whether a step of ``size`` can be taken; notes its peak memory in GB.
+
+    On a CPU memory is not refused but swapped, so there the need is foreseen: it grows with the
+    batch.
+    """
+    if device == "cpu" and peaks:
+        before = max(peaks)
+        used = psutil.Process().memory_info().rss
+        if used * size / before > SHARE * (psutil.virtual_memory().available + used):
+            return False
+    forget_peak(device)
+    try:
+        step(size)
+    except torch.OutOfMemoryError:
+        return False
+    peaks[size] = peak_memory_gb(device)
+    return True
+
+
+def report(job: Job, learner: Learner, batch: int, peak: float, used: int, seconds: float) -> str:
+    training, together = job.config.training, processes.count()
+    rate = used * together / seconds
     pictures = job.facts["pictures a step"] * training.steps
     weights = sum(p.numel() for p in learner.student.parameters())
     copies = 3 + bool(training.ema)  # weights, two moments, average
     disk = 4 * weights * copies * job.config.output.keep
     free = free_disk(job.folder)
-    peak, hours = peak_memory_gb(job.device), pictures / rate / 3600
     return (
-        f"Dry run: the largest batch tried that fits is {batch} ({seconds:.3f} s, {rate:.1f} "
-        f"pictures/s, peak memory {peak:.2f} GB). {training.steps:,} steps of "
-        f"{job.facts['pictures a step']} pictures would take {hours:.2f} h here; checkpoints need "
-        f"about {disk / 1e9:.2f} GB ({free / 1e9:.0f} GB are free). Nothing was trained."
+        f"Dry run: the largest batch tried that fits is {batch} (peak memory {peak:.2f} GB). "
+        f"At {used}, {seconds:.3f} s, {rate:.1f} pictures/s in {together} process(es): "
+        f"{training.steps:,} steps of {job.facts['pictures a step']} pictures would take "
+        f"{pictures / rate / 3600:.2f} h here; checkpoints need about {disk / 1e9:.2f} GB "
+        f"({free / 1e9:.0f} GB are free). Nothing was trained."
     )

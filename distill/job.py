@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bksdm_tune import processes
 from bksdm_tune.artifacts import MANIFEST, content_key, read_manifest
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.optim import check_training
 from bksdm_tune.pipeline_folder import check_resolution, native_resolution
 from bksdm_tune.resolve import Parts, hash_parts, hash_weights, resolve, unet_config
+from bksdm_tune.runs import without_steps
 from bksdm_tune.unet_configs import PLANS, check_teacher
 from distill.cache import KIND as CACHE_KIND
 from distill.cache import LatentCache
 from distill.config import Config, Data
-from distill.data import Source, open_source
+from distill.data import Source, Stream, open_source
 from distill.surgery import feature_pairs
 
 KIND = "distilled"
@@ -55,6 +58,8 @@ def prepare(config: Config, device: str) -> Job:
         UsageError, DataError: what is wrong, before any weights load.
     """
     models = config.models
+    check_training(config.training)
+    check_tracker(config.output.tracker)
     parts = find_teacher(models.teacher, models.base)
     check_teacher(unet_config(parts))
     resolution = config.data.resolution or native_resolution(parts)
@@ -68,10 +73,20 @@ def prepare(config: Config, device: str) -> Job:
     facts = {
         "config": _identity(config),
         "data": identity,
+        "order": "buffered" if isinstance(data, Stream) else "permuted",
         "teacher": hash_parts(parts),
         "pictures a step": training.batch_size * training.accumulation * processes.count(),
     }
     return Job(config, parts, data, resolution, pairs, device, facts)
+
+
+def check_tracker(name: str) -> None:
+    """Raises UsageError: the tracker's library is not installed."""
+    if name != "none" and not find_spec(name):
+        raise UsageError(
+            f"--tracker {name} needs a library that is not installed. "
+            f"Type: pip install {name}, or choose --tracker none."
+        )
 
 
 def cache_facts(parts: Parts, resolution: int, embeds: bool, data: Any) -> dict[str, Any]:
@@ -136,7 +151,8 @@ def _identity(config: Config) -> dict[str, Any]:
     """
     facts: dict[str, Any] = json.loads(json.dumps(asdict(config), default=str))
     facts.pop("output")
-    for name in ("steps", "batch_size", "accumulation"):
+    facts = without_steps(facts)
+    for name in ("batch_size", "accumulation"):
         facts["training"].pop(name)
     for name in ("data", "workers", "max_broken"):
         facts["data"].pop(name)
@@ -146,11 +162,13 @@ def _identity(config: Config) -> dict[str, Any]:
 
 
 def describe(job: Job) -> str:
-    size = job.data.size
+    size, cached = job.data.size, isinstance(job.data, LatentCache)
     rows = "a stream of pictures" if size is None else f"{size:,} pictures"
-    kind = "cached latents" if isinstance(job.data, LatentCache) else "decoded as they come"
-    empty = 0 if isinstance(job.data, LatentCache) else job.data.empty
-    skipped = f"; {empty} rows without a caption left out" if empty else ""
+    kind = "cached latents" if cached else "decoded as they come"
+    left_out = job.data.skipped if isinstance(job.data, LatentCache) else len(job.data.empty)
+    skipped = (
+        f"; {left_out} rows {'skipped' if cached else 'without a caption'}" if left_out else ""
+    )
     return (
         f"Teacher: {job.parts.name}; student: {job.config.models.size}, "
         f"{job.config.models.init} start, on {job.device}\n"

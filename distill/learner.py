@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor
 
 from bksdm_tune import processes
 from bksdm_tune.diffusion import Noising, training_scheduler
-from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Batches, shuffled
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
@@ -22,7 +22,7 @@ from bksdm_tune.unet_configs import PLANS, student_config
 from distill.cache import Encoders, LatentCache
 from distill.data import Source, coin
 from distill.job import Job
-from distill.loading import FLIP, Skipped, decode, training_items
+from distill.loading import FLIP, Pictures, Skipped, decode, training_items, without_gaps
 from distill.objective import Distillation
 from distill.surgery import inherit
 
@@ -96,19 +96,21 @@ def decoded_batches(job: Job, source: Source, encoders: Encoders) -> Batches:
     config = job.config
     size, seed = config.training.batch_size, config.training.seed
     name = f"skipped-{processes.rank()}.jsonl" if processes.count() > 1 else "skipped.jsonl"
-    skipped = Skipped(job.folder / name, config.data.max_broken)
+    skipped = Skipped(job.folder / name, config.data.max_broken, source)
+
+    def noted(stream: Iterator[Pictures]) -> Iterator[Pictures]:
+        for pictures in stream:
+            skipped.note(size, pictures.bad)
+            yield pictures
 
     def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
         items = training_items(source, size, seed, start, config.loss.flip)
         pin = job.device.startswith("cuda")
-        stream = decode(items, job.resolution, config.data.workers, pin)
-        for number, pictures in enumerate(stream, start):
-            skipped.note(size, pictures.bad)
-            if not pictures.captions:
-                raise DataError(f"All {size} images of a batch are broken; see {skipped.path}.")
-            filled = pictures.filled(size)
-            captions = drop(job, filled.captions, number)
-            pixels = filled.pixels.to(job.device, non_blocking=True)
+        stream = noted(decode(items, job.resolution, config.data.workers, pin))
+        whole = without_gaps(stream, lambda pictures: pictures.places, size)
+        for number, (pictures, order) in enumerate(whole, start):
+            captions = drop(job, [pictures.captions[i] for i in order], number)
+            pixels = pictures.pixels[order].to(job.device, non_blocking=True)
             yield encoders.latents(pixels), encoders.embeds(captions)
 
     return batches
@@ -121,11 +123,22 @@ def cached_batches(job: Job, cache: LatentCache, encoders: Encoders) -> Batches:
     together, first = size * processes.count(), size * processes.rank()
     empty = encoders.embeds([""])
 
-    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+    def rows(start: int) -> Iterator[list[tuple[int, bool]]]:
         for number, chosen in enumerate(shuffled(cache.size, together, seed)(start), start):
-            mine = chosen[first : first + size]
             base = number * together + first
-            flips = [config.loss.flip and coin(seed, base + i, 0.5, FLIP) for i in range(size)]
+            yield [
+                (int(row), config.loss.flip and coin(seed, base + i, 0.5, FLIP))
+                for i, row in enumerate(cache.rows[chosen[first : first + size]])
+            ]
+
+    def good(batch: list[tuple[int, bool]]) -> list[int]:
+        return [place for place, (row, _) in enumerate(batch) if row >= 0]
+
+    def batches(start: int) -> Iterator[tuple[Tensor, Tensor]]:
+        for number, (batch, order) in enumerate(without_gaps(rows(start), good, size), start):
+            there = good(batch)
+            mine = np.array([batch[there[i]][0] for i in order])
+            flips = [batch[there[i]][1] for i in order]
             captions = drop(job, [cache.captions[n] for n in mine], number)
             embeds = cache.embeds(mine)
             if embeds is None:

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from bksdm_tune.errors import DataError
 from distill.data import Row, Source, coin
 from subjects.photos import decode_photo
 
+T = TypeVar("T")
 FLIP = 1  # names the coin, see distill.data.coin
 
 
@@ -45,16 +46,30 @@ class Pictures(NamedTuple):
     bad: list[tuple[str, str]]
     """Name and reason of the others."""
 
-    def filled(self, size: int) -> Pictures:
-        """``size`` pictures: a bad one's place is taken by the next good one of its batch."""
-        if len(self.places) == size or not self.places:
-            return self
-        order = [
-            min(range(len(self.places)), key=lambda i: (self.places[i] - place) % size)
+
+def without_gaps(
+    batches: Iterable[T], places: Callable[[T], list[int]], size: int
+) -> Iterator[tuple[T, list[int]]]:
+    """For every batch: from which batch its ``size`` pictures come, and which good one of it each.
+
+    ``places``: where in a batch its good rows stand.  A bad row's place is taken by the next good
+    one of its batch, round the end; a batch without any takes the first of the next batch that has
+    one.  So a batch depends on nothing before it, and a run can start anywhere.
+    """
+    without = 0
+    for batch in batches:
+        good = places(batch)
+        if not good:
+            without += 1
+            continue
+        for _ in range(without):
+            yield batch, [0] * size
+        without = 0
+        nearest = [
+            min(range(len(good)), key=lambda i: (good[i] - place) % size)  # noqa: B023
             for place in range(size)
         ]
-        pick = [[column[i] for i in order] for column in (self.captions, self.names)]
-        return Pictures(self.pixels[order], pick[0], pick[1], list(range(size)), self.bad)
+        yield batch, nearest
 
 
 class Decoder(Dataset[tuple[Item, Tensor | str]]):
@@ -131,22 +146,37 @@ class Skipped:
 
     path: Path
     limit: float
+    source: Source
     seen: int = 0
     names: set[str] = field(default_factory=set)
 
+    def __post_init__(self) -> None:
+        """A resumed run knows what it listed before."""
+        self.total = None if self.source.size is None else self.source.size + len(self.source.empty)
+        if self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines()
+            self.names = {json.loads(line)["name"] for line in lines}
+
     def note(self, rows: int, bad: list[tuple[str, str]]) -> None:
-        """Raises DataError: more than ``limit`` of the rows seen so far are bad."""
-        self.seen += rows
-        new = [(name, reason) for name, reason in bad if name not in self.names]
+        """``rows`` were read, ``bad`` of them are broken; empty captions the source tells itself.
+
+        Raises:
+            DataError: more than ``limit`` of all rows (of a stream: of those seen) are bad.
+        """
+        empty, self.source.empty = self.source.empty, []
+        self.seen += rows + len(empty)
+        bad = bad + [(name, "the caption is empty") for name in empty]
+        new = {name: reason for name, reason in bad if name not in self.names}
         if not new:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with open(self.path, "a", encoding="utf-8") as file:
-            for name, reason in new:
+            for name, reason in new.items():
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")
-        self.names |= {name for name, _ in new}
-        if len(self.names) > max(1, self.limit * max(self.seen, 100)):
+        self.names |= new.keys()
+        rows = self.total or max(self.seen, 100)
+        if len(self.names) > self.limit * rows:
             raise DataError(
-                f"{len(self.names)} of the first {self.seen} images are broken, more than the "
+                f"{len(self.names)} of {rows} rows are broken or without a caption, more than the "
                 f"share {self.limit:g} that --max-broken allows; {self.path} lists them."
             )

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
@@ -13,7 +13,6 @@ from PIL import Image
 from bksdm_tune import architecture, precision, processes
 from bksdm_tune.artifacts import locked, write_manifest
 from bksdm_tune.contact_sheet import Row, contact_sheet
-from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Event, LoopSettings, Tracker, fit
 from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.optim import EMA, make_all
@@ -25,6 +24,7 @@ from distill.job import KIND, Job
 from distill.learner import Learner, build
 
 PREVIEW_SEED = 0
+LAST_STEPS = 100  # whose mean losses the card gives
 
 
 def train(job: Job) -> bool:
@@ -43,9 +43,7 @@ def train(job: Job) -> bool:
         done = claim(job.folder, job.facts, job.config, KIND, job.config.training.steps)
         if processes.first_says(done):
             return False
-        started = time.perf_counter()
-        learner = learn(job)
-        deliver(job, learner, time.perf_counter() - started)
+        deliver(job, learn(job))
     return True
 
 
@@ -65,22 +63,15 @@ def learn(job: Job) -> Learner:
 
 
 def make_trackers(job: Job) -> tuple[Tracker, ...]:
-    """Raises UsageError: the tracker's library is not installed."""
     name = job.config.output.tracker
     if name == "none" or processes.rank():
         return ()
-    try:
-        from accelerate.tracking import TensorBoardTracker, WandBTracker
+    from accelerate.tracking import TensorBoardTracker, WandBTracker
 
-        kind = TensorBoardTracker if name == "tensorboard" else WandBTracker
-        where = {"logging_dir": job.folder / "tracker"} if name == "tensorboard" else {}
-        tracker: Any = kind(job.folder.name, **where)
-        tracker.start() if hasattr(tracker, "start") else None
-    except ImportError as error:
-        raise UsageError(
-            f"--tracker {name} needs a library that does not load here ({error}). "
-            f"Type: pip install {name}, or choose --tracker none."
-        ) from None
+    kind = TensorBoardTracker if name == "tensorboard" else WandBTracker
+    where = {"logging_dir": job.folder / "tracker"} if name == "tensorboard" else {}
+    tracker: Any = kind(job.folder.name, **where)
+    tracker.start() if hasattr(tracker, "start") else None
     return (lambda step, values: tracker.log(values, step=step),)
 
 
@@ -124,7 +115,18 @@ def previewer(job: Job, learner: Learner, ema: EMA | None) -> Callable[[int], No
     return preview
 
 
-def deliver(job: Job, learner: Learner, seconds: float) -> None:
+def learned(log: Path) -> dict[str, Any]:
+    """Seconds of all steps, those before an interruption too; losses, mean of the last steps."""
+    lines = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    last = lines[-LAST_STEPS:]
+    names = lines[-1].keys() - {"step", "seconds", "lr"}
+    return {
+        "seconds": round(sum(line["seconds"] for line in lines), 2),
+        "losses": {name: sum(line[name] for line in last) / len(last) for name in sorted(names)},
+    }
+
+
+def deliver(job: Job, learner: Learner) -> None:
     """A whole pipeline folder with the student in float32 and float16; the manifest last."""
     folder, student = job.folder, learner.student
     copy_other_parts(job.parts.root, folder)
@@ -136,7 +138,7 @@ def deliver(job: Job, learner: Learner, seconds: float) -> None:
         "processes": processes.count(),
         "unet_parameters": student.num_parameters(),
         "shape": architecture.describe(config),
-        "seconds": round(seconds, 2),
+        **learned(job.folder / "log.jsonl"),
         "peak_memory_gb": round(peak_memory_gb(job.device), 3),
     }
     student.half().save_pretrained(folder / "unet", variant="fp16", max_shard_size="100GB")

@@ -6,6 +6,8 @@ Per subject, on the 20 DreamBooth scenes (none is among the twin's photos, which
 nearest-look identification against 10 other looks of its class, background by the probe, before and
 after tuning at the same seeds; and variety of the plain class prompt, with and without prior
 preservation.  Resumable: a subject's result is a file.  Intervals: bootstrap over subjects.
+``overview.png`` shows every subject under the last prior: a photo, a scene before tuning, the same
+seed after it, another scene.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.cli import main as command
@@ -39,6 +41,7 @@ from subjects.illustrated.scenes import DREAMBOOTH_SCENES, HOME_SCENES, SCENES
 from subjects.illustrated.twins import FORBIDDEN, TWINS, twin_photos
 
 RIVALS, PHOTOS_A_RIVAL, CLASS_PICTURES, TRIGGER = 10, 5, 24, "sks11df"
+OVERVIEW_SCENES = (1, 2)  # snow, beach
 PRIORS = ("none", "prediction", "images")
 
 
@@ -144,6 +147,24 @@ def table(results: list[dict[str, Any]], arms: list[str]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def overview(options: Any) -> Image.Image:
+    """Three columns of subjects, each with a photo, a scene before, the same after, another."""
+    columns, cell, label, gap = 3, 72, 14, 8
+    rows = -(-len(options.subjects) // columns)
+    sheet = Image.new("RGB", (columns * (4 * cell + gap), rows * (cell + label)), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(11)
+    for number, name in enumerate(options.subjects):
+        shots = [scene_shots(name, options.guidance)[i] for i in OVERVIEW_SCENES]
+        folder = options.out / f"{name}-{options.priors[-1]}"
+        after = [Image.open(folder / f"scene-{shot.seed}.png") for shot in shots]
+        before = draw(load_pipeline(resolve(options.backbone), "cpu"), shots[:1])
+        x, y = number % columns * (4 * cell + gap), number // columns * (cell + label)
+        pen.text((x, y), name.replace("_", " "), "black", font)
+        for place, picture in enumerate([twin_photos(name)[0], *before, *after]):
+            sheet.paste(picture.resize((cell - 2, cell - 2)), (x + place * cell, y + label))
+    return sheet
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
@@ -164,6 +185,7 @@ def main() -> None:
         results.append(json.loads(path.read_text()))
         print(table(results, ["before", *options.priors]), flush=True)
     (options.out / "table.md").write_text(table(results, ["before", *options.priors]))
+    overview(options).save(options.out / "overview.png")
 
 
 if __name__ == "__main__":

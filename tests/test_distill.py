@@ -18,6 +18,7 @@ from bksdm_tune.checkpoints import list_checkpoints
 from bksdm_tune.cli import main
 from bksdm_tune.loop import fit
 from bksdm_tune.resolve import resolve
+from distill import dry_run
 from distill import train as distill_train
 from pairs import image_folder, shards
 from tiny import make_pipeline
@@ -265,3 +266,58 @@ def test_tensorboard_is_fed(teacher: Path, data: Path, tmp_path: Path) -> None:
     values = [event.value for event in events.Scalars("feat")]
     assert values == pytest.approx([line["feat"] for line in log(tmp_path / "run")])
     assert read_manifest(tmp_path / "run")["kind"] == "distilled"
+
+
+def test_the_cache_keeps_the_places_of_broken_pictures(teacher: Path, tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "pairs", broken=(2, 3))
+    flags = ["--max-broken", "0.5"]
+    assert run(teacher, data, tmp_path / "pixels", *flags) == 0
+    words = ["cache", "--teacher", str(teacher), "--data", str(data), "--workers", "1"]
+    assert main([*words, "--out", str(tmp_path / "cache"), *flags]) == 0
+    assert run(teacher, tmp_path / "cache", tmp_path / "cached") == 0
+    assert log(tmp_path / "cached") == log(tmp_path / "pixels")
+
+
+def test_a_batch_of_broken_pictures_takes_the_next_good_one(teacher: Path, tmp_path: Path) -> None:
+    data = image_folder(tmp_path / "pairs", broken=(2, 3))
+    flags = ["--max-broken", "0.5", "--batch-size", "1", "--accumulation", "2"]
+    assert run(teacher, data, tmp_path / "whole", *flags, steps=8) == 0
+    assert run(teacher, data, tmp_path / "cut", *flags, steps=3) == 0
+    assert run(teacher, data, tmp_path / "cut", *flags, steps=8) == 0
+    assert log(tmp_path / "cut") == log(tmp_path / "whole")
+    assert len((tmp_path / "cut/skipped.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_flipped_bit_in_the_cache_is_found(
+    teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "cache"
+    words = ["cache", "--teacher", str(teacher), "--data", str(data), "--out", str(cache)]
+    assert main([*words, "--workers", "1"]) == 0
+    (shard,) = cache.glob("shard-*.safetensors")
+    damaged = bytearray(shard.read_bytes())
+    damaged[-9] ^= 1
+    shard.write_bytes(damaged)
+    assert run(teacher, cache, tmp_path / "run") == 3
+    assert "damaged" in capsys.readouterr().err
+    assert main([*words, "--workers", "1"]) == 0
+    assert run(teacher, cache, tmp_path / "run") == 0
+
+
+def test_dry_run_says_when_nothing_fits(
+    teacher: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    def full(*_: Any) -> float:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(dry_run, "step_seconds", full)
+    assert run(teacher, data, tmp_path / "run", "--dry-run") == 3
+    assert "batch of 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("most", [1, 3, 21, 64, 100])
+def test_the_largest_batch_is_found_to_an_eighth(most: int) -> None:
+    found = dry_run.largest(lambda size: size <= most, 64)
+    assert found <= min(most, 64) <= found + max(1, found // 8)
+    assert dry_run.largest(lambda size: False, 64) == 0

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
+import http.server
 import itertools
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from bksdm_tune.diffusion import crop
 from bksdm_tune.errors import DataError, UsageError
 from distill.cache import Encoders, LatentCache, Writer, shard_paths
 from distill.data import Row, find_shards, open_source
-from distill.loading import Item, Skipped, decode, passing, training_items
+from distill.loading import Item, Skipped, decode, passing, training_items, without_gaps
 from pairs import image_folder, picture, shards, table
 from tiny import make_text_encoder, make_tokenizer, make_vae
 
@@ -75,7 +78,7 @@ def test_captions_that_are_empty_are_left_out_and_counted(tmp_path: Path) -> Non
     lines[3] = "2.png,  "
     (folder / "metadata.csv").write_text("\n".join(lines))
     source = open_source(str(folder))
-    assert source.size == COUNT - 1 and source.empty == 1
+    assert source.size == COUNT - 1 and source.empty == ["2.png"]
     assert "picture 2" not in [row.caption for row in source.once()]
 
 
@@ -129,17 +132,30 @@ def test_broken_images_are_replaced_counted_and_listed(tmp_path: Path) -> None:
     folder = image_folder(tmp_path / "data", broken=(1, 2))
     (pictures,) = decode([items(folder, 4)], 32, workers=0)
     assert pictures.captions == ["picture 0", "picture 3"] and pictures.places == [0, 3]
-    filled = pictures.filled(4)
-    assert filled.captions == ["picture 0", "picture 3", "picture 3", "picture 3"]
-    assert torch.equal(filled.pixels[1], pictures.pixels[1]) and len(filled.pixels) == 4
-    skipped = Skipped(tmp_path / "skipped.jsonl", limit=0.5)
+    source = open_source(str(folder))
+    source.empty = ["9.png"]
+    skipped = Skipped(tmp_path / "skipped.jsonl", 0.5, source)
     skipped.note(4, pictures.bad)
     skipped.note(4, pictures.bad)  # the same ones in the next epoch
     lines = [json.loads(line) for line in skipped.path.read_text().splitlines()]
-    assert [line["name"] for line in lines] == ["1.png", "2.png"]
-    assert "truncated" in lines[0]["reason"]
+    assert [line["name"] for line in lines] == ["1.png", "2.png", "9.png"]
+    assert "truncated" in lines[0]["reason"] and lines[2]["reason"] == "the caption is empty"
+    assert Skipped(skipped.path, 0.5, source).names == {"1.png", "2.png", "9.png"}
     with pytest.raises(DataError, match="--max-broken"):
-        Skipped(tmp_path / "other.jsonl", limit=0.01).note(4, pictures.bad)
+        Skipped(tmp_path / "other.jsonl", 0.2, source).note(4, pictures.bad)
+    with pytest.raises(DataError, match="--max-broken"):
+        Skipped(tmp_path / "none.jsonl", 0, source).note(4, pictures.bad[:1])
+
+
+def test_bad_rows_take_the_next_good_one() -> None:
+    batches = [[1, 0, 0, 1], [0, 0, 0, 0], [0, 0, 0, 0], [0, 1, 0, 1]]
+    whole = without_gaps(iter(batches), lambda b: [i for i, ok in enumerate(b) if ok], 4)
+    assert list(whole) == [
+        (batches[0], [0, 1, 1, 1]),
+        (batches[3], [0, 0, 0, 0]),
+        (batches[3], [0, 0, 0, 0]),
+        (batches[3], [0, 0, 1, 1]),
+    ]
 
 
 def test_half_of_the_pictures_are_mirrored(tmp_path: Path) -> None:
@@ -168,7 +184,7 @@ FACTS = {"vae": "v", "text_encoder": "t"}
 
 def test_a_cache_holds_what_the_encoders_give(tmp_path: Path) -> None:
     data = image_folder(tmp_path / "data", broken=(4,))
-    assert fill(tmp_path / "cache", data, FACTS) == {"rows": 6, "broken": 1}
+    assert fill(tmp_path / "cache", data, FACTS) == {"rows": 6, "skipped": 1}
     cache, using = LatentCache(tmp_path / "cache"), encoders()
     kept = [0, 1, 2, 3, 5, 6]
     assert cache.captions == [f"picture {n}" for n in kept]
@@ -190,7 +206,7 @@ def test_a_truncated_shard_is_found_and_redone(tmp_path: Path) -> None:
     assert len(before) == 6
     damaged, _ = shard_paths(folder, 1)
     damaged.write_bytes(before[damaged.name][:-10])
-    with pytest.raises(DataError, match="shard-00001.*truncated"):
+    with pytest.raises(DataError, match="shard-00001.*damaged"):
         LatentCache(folder)
     made: list[int] = []
     using = encoders()
@@ -239,3 +255,44 @@ def test_a_stream_caches_like_a_folder(tmp_path: Path) -> None:
     flips = [False] * COUNT
     assert a.captions == b.captions
     assert torch.equal(a.latents(everything, flips), b.latents(everything, flips))
+
+
+def test_shards_stream_from_a_url(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "tars")
+    handler = functools.partial(QuietHandler, directory=str(folder))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/{{000..002}}.tar"
+        source = open_source(url)
+        assert [row.caption for row in source.once()] == CAPTIONS
+        with pytest.raises(DataError, match="cannot be read"):
+            list(open_source(url.replace("002", "005")).once())
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+
+def test_missing_shards_of_a_range_are_named(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "tars")
+    (folder / "001.tar").unlink()
+    with pytest.raises(DataError, match="1 of 3 shards are not there.*001.tar"):
+        find_shards(f"{folder}/{{000..002}}.tar")
+
+
+def test_a_shard_that_breaks_off_is_one_data_error(tmp_path: Path) -> None:
+    folder = shards(tmp_path / "tars")
+    cut = folder / "002.tar"
+    cut.write_bytes(cut.read_bytes()[:700])
+    with pytest.raises(DataError, match="cannot be read"):
+        list(open_source(str(folder)).once())
+
+
+@pytest.mark.parametrize("line", ["[1, 2]", '{"text": "a dog"}'])
+def test_bad_rows_of_a_table_are_named(line: str, tmp_path: Path) -> None:
+    good = '{"file_name": "a.png", "text": "a dog"}'
+    (tmp_path / "metadata.jsonl").write_text(f"{good}\n{line}\n")
+    with pytest.raises(DataError, match="object|row 2 has no file_name"):
+        open_source(str(tmp_path))

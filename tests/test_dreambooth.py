@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -68,7 +69,8 @@ def test_lora_run_folder_explains_itself(backbone: Path, tmp_path: Path) -> None
 
 def test_diffusers_names_lora(backbone: Path, tmp_path: Path) -> None:
     """diffusers examples/dreambooth/test_dreambooth_lora.py, test_dreambooth_lora*"""
-    assert run(backbone, tmp_path / "a", "--lora", "--prior", "none") == 0
+    frozen = ["--lora", "--prior", "none", "--train-text-encoder", "false"]
+    assert run(backbone, tmp_path / "a", *frozen) == 0
     keys = load_file(tmp_path / "a" / LORA).keys()
     assert keys and all("lora" in key and key.startswith("unet") for key in keys)
     assert run(backbone, tmp_path / "b", "--lora", "--prior", "none", "--train-text-encoder") == 0
@@ -82,7 +84,7 @@ def test_diffusers_checkpoint_rotation_and_resume(
     backbone: Path, tmp_path: Path, method: list[str]
 ) -> None:
     """diffusers test_dreambooth*_checkpointing_checkpoints_total_limit*"""
-    flags = ["--prior", "none", "--checkpointing-steps", "2", *method]
+    flags = ["--prior", "none", "--checkpointing-steps", "2", "--lr-scheduler", "constant", *method]
     assert run(backbone, tmp_path / "run", *flags) == 0
     assert checkpoints(tmp_path / "run") == {"checkpoint-2", "checkpoint-4"}
     assert run(backbone, tmp_path / "run", *flags, "--checkpoints-total-limit", "2", steps=8) == 0
@@ -248,9 +250,14 @@ def test_adapter_on_another_size_is_refused(
 def test_dry_run_measures_and_leaves_nothing(
     backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(backbone, tmp_path / "run", "--lora", "--dry-run") == 0
-    assert "s a step" in capsys.readouterr().out
-    assert not (tmp_path / "run").exists()
+    for more in ([], ["--precision", "bf16", "--ema", "0.9"]):
+        assert run(backbone, tmp_path / "run", "--lora", "--dry-run", *more) == 0
+        assert "s a step" in capsys.readouterr().out
+        assert not (tmp_path / "run").exists()
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").write_text("years of work")
+    assert run(backbone, tmp_path / "mine", "--lora", "--dry-run") == 2
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.txt"]
 
 
 def test_class_images_are_shared_between_subjects(
@@ -288,7 +295,17 @@ def test_own_photos_and_every_bad_file_in_one_report(
 
 
 def test_wrong_flags_are_refused_before_anything_loads(backbone: Path, tmp_path: Path) -> None:
-    for flags in (["--steps", "0"], ["--subject", "dgo"], ["--resolution", "50"]):
+    for flags in (
+        ["--steps", "0"],
+        ["--subject", "dgo"],
+        ["--resolution", "50"],
+        ["--instance-prompt", "a photo of zwx dog"],
+        ["--name", "rex"],
+        ["--lr-warmup-steps", "5", "--lr-scheduler", "constant"],
+        ["--optimiser", "prodigy", "--text-encoder-lr", "1e-5"],
+        ["--seed", "99999999999999999999"],
+        ["--class-noun", " "],
+    ):
         with_subject = flags if "--subject" in flags else ["--subject", "dog", *flags]
         where = ["--backbone", str(backbone), "--out", str(tmp_path / "run")]
         try:
@@ -308,3 +325,108 @@ def test_an_old_vae_config_without_scaling_factor_takes_the_default(tmp_path: Pa
     del config["scaling_factor"]
     (vae / "config.json").write_text(json.dumps(config))
     assert scaling_factor(vae) == 0.18215
+
+
+def test_a_schedule_that_ends_fixes_the_steps(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = ["--lora", "--prior", "none"]
+    assert run(backbone, tmp_path / "cosine", *flags, steps=2) == 0
+    assert run(backbone, tmp_path / "cosine", *flags, steps=3) == 2
+    assert "config.training.steps" in capsys.readouterr().err
+    flags += ["--lr-scheduler", "constant", "--checkpoint-every", "1"]
+    assert run(backbone, tmp_path / "run", *flags, steps=3) == 0
+    (tmp_path / "run/manifest.json").unlink()  # as if interrupted
+    assert run(backbone, tmp_path / "run", *flags, steps=2) == 3
+    assert "trained for 3 steps" in capsys.readouterr().err
+
+
+def test_resuming_completes_the_folder_and_clears_it_up(backbone: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert run(backbone, out, "--lora") == 0
+    for name in ("manifest.json", "config.toml", "samples/step-000000-00.png"):
+        (out / name).unlink()
+    (out / ".checkpoint-3.abcd").mkdir()
+    assert run(backbone, out, "--lora") == 0
+    assert (out / "config.toml").is_file() and not (out / ".checkpoint-3.abcd").exists()
+    verify_manifest(out)
+
+
+def test_other_previews_are_another_run(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(backbone, tmp_path / "run", "--lora") == 0
+    assert run(backbone, tmp_path / "run", "--lora", "--preview-images", "2") == 2
+    assert "previews" in capsys.readouterr().err
+
+
+def test_deleted_class_images_are_drawn_again(
+    backbone: Path, tmp_path: Path, own_cache: Path
+) -> None:
+    flags = ["--lora", "--prior", "images", "--class-images", "2"]
+    assert run(backbone, tmp_path / "a", *flags) == 0
+    (folder,) = (own_cache / "class-images").iterdir()
+    (folder / "class-0001.png").unlink()
+    assert run(backbone, tmp_path / "b", *flags) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_state(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert run(backbone, out, "--lora", "--learning-rate", "1e30") == 3
+    said = capsys.readouterr().err
+    (kept,) = checkpoints(out)
+    assert "not finite" in said or "The loss became" in said
+    assert kept in said
+    assert all(torch.isfinite(t).all() for t in load_file(out / kept / LORA).values())
+
+
+def test_prodigy_learns(backbone: Path, tmp_path: Path) -> None:
+    pytest.importorskip("prodigyopt")
+    flags = ["--lora", "--optimiser", "prodigy", "--lr-scheduler", "constant", "--prior", "none"]
+    assert run(backbone, tmp_path / "run", *flags, steps=12) == 0
+    up = [t for key, t in load_file(tmp_path / "run" / LORA).items() if "lora_B" in key]
+    assert max(t.abs().max() for t in up) > 1e-6
+
+
+def test_generate_finds_what_an_adapter_was_trained_on(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    assert run(backbone, tmp_path / "run", "--lora") == 0
+    monkeypatch.chdir(tmp_path)
+    capsys.readouterr()
+    words = ["--prompt", "a {subject}", "--steps", "2", "--out", str(tmp_path / "p")]
+    for model in (tmp_path / "run", tmp_path / "run" / LORA):
+        assert main(["generate", str(model), *words]) == 0
+    a, b = pictures(tmp_path / "p")
+    assert np.array_equal(a, b)
+
+
+def test_generate_overwrites_no_other_picture(backbone: Path, tmp_path: Path) -> None:
+    words = ["generate", str(backbone), "--prompt", "a dog", "--out", str(tmp_path / "p")]
+    for steps in ("2", "3", "2"):
+        assert main([*words, "--steps", steps]) == 0
+    names = sorted(path.name for path in (tmp_path / "p").iterdir())
+    assert names == ["a-dog-0-2.png", "a-dog-0.png"]
+
+
+def test_generate_says_what_is_wrong_before_it_draws(
+    backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("x")
+    words = ["--prompt", "a dog", "--steps", "2"]
+    assert main(["generate", str(backbone), *words, "--out", str(tmp_path / "file")]) == 2
+    assert main(["generate", str(backbone), *words, "--backbone", "pocket-tiny"]) == 2
+    assert run(backbone, tmp_path / "run", "--lora") == 0
+    (tmp_path / "run/manifest.json").unlink()
+    assert main(["generate", str(tmp_path / "run"), *words]) == 3
+    assert "has not finished" in capsys.readouterr().err
+
+
+def test_a_run_at_another_resolution_draws_at_it(backbone: Path, tmp_path: Path) -> None:
+    assert run(backbone, tmp_path / "run", "--lora", "--resolution", "64") == 0
+    words = ["--prompt", "a dog", "--steps", "2", "--out", str(tmp_path / "p")]
+    assert main(["generate", str(tmp_path / "run"), *words]) == 0
+    assert [picture.shape for picture in pictures(tmp_path / "p")] == [(64, 64, 3)]

@@ -64,6 +64,7 @@ def test_results_say_what_was_measured(scored: tuple[Path, Path], real: Path) ->
     result = read_results(scored[1])
     assert result["counts"] == {"generated": COUNT, "real": 9}
     assert result["protocol"]["extractors"]["frechet"]["name"] == "pocket-looks"
+    assert result["metrics"].pop("inception_score")["reason"] == "the extractor classifies nothing"
     assert set(result["metrics"]) == {"clip_score", "frechet", "kid", "cmmd", "paired_distance"}
     for metric in result["metrics"].values():
         assert metric["value"] is not None
@@ -122,9 +123,12 @@ def test_compare_pairs_by_key(
     scored: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["compare", str(scored[0]), str(scored[0]), "--json"]) == 0
-    for entry in json.loads(capsys.readouterr().out).values():
+    for name, entry in json.loads(capsys.readouterr().out).items():
         assert entry["difference"] == 0
-        assert entry["ci95"] in (None, [0.0, 0.0])
+        if name == "clip_score":
+            assert entry["ci95"] == [0.0, 0.0]
+        elif entry["ci95"]:
+            assert entry["ci95"][0] == -entry["ci95"][1]
 
 
 def result(folder: Path, scores: list[float], keys: list[str], **protocol: object) -> Path:
@@ -132,7 +136,9 @@ def result(folder: Path, scores: list[float], keys: list[str], **protocol: objec
     rows = {"key": keys, "clip_score": scores}
     metrics = {"clip_score": Metric(float(np.mean(scores)), (0.0, 1.0))}
     counts = {"generated": len(keys)}
-    write_results(folder, "backbone", folder.name, {"n": 3, **protocol}, counts, metrics, rows)
+    write_results(
+        folder, "backbone", folder.name, "key", {"n": 3, **protocol}, counts, metrics, rows
+    )
     return folder
 
 
@@ -203,3 +209,60 @@ def test_large_pictures_are_kept_at_256(tmp_path: Path) -> None:
     for side, kept in ((512, 256), (64, 64)):
         keep(Image.new("RGB", (side, side)), tmp_path / "p.png")
         assert Image.open(tmp_path / "p.png").size == (kept, kept)
+
+
+def test_an_adapter_is_another_model(
+    captions: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_pipeline(tmp_path / "model")
+    photos = image_folder(tmp_path / "photos", count=4)
+    (photos / "metadata.csv").unlink()
+    words = ["--photos", str(photos), "--class-noun", "dog", "--steps", "1", "--preview-prompts"]
+    lora = tmp_path / "lora"
+    flags = ["--lora", "--backbone", str(model), "--out", str(lora)]
+    assert main(["dreambooth", *words, *flags, "--prior", "none"]) == 0
+    assert run(model, captions, tmp_path / "scores") == 0
+    assert run(lora, captions, tmp_path / "scores") == 2
+    assert "adapter" in capsys.readouterr().err
+    assert run(lora, captions, tmp_path / "others") == 0
+    assert read_results(tmp_path / "others")["name"] == str(lora)
+
+
+def test_distances_to_different_teachers_are_not_compared(
+    scored: tuple[Path, Path], captions: Path, real: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    models = scored[0].parent
+    flags = ["--real", str(real), "--teacher", str(scored[1] / "results.json")]
+    assert run(models / "teacher-model", captions, tmp_path / "b", *flags) == 0
+    assert main(["compare", str(scored[1]), str(tmp_path / "b")]) == 5
+    assert "different models" in capsys.readouterr().err
+
+
+def bad_real(kind: str, folder: Path) -> Path:
+    """A file or folder that ``--real`` must refuse."""
+    path = folder / f"{kind}.npz"
+    if kind == "cut":
+        np.savez(path, mu=np.zeros(128), sigma=np.eye(128))
+        path.write_bytes(path.read_bytes()[:200])
+    elif kind == "array":
+        np.save(path.with_suffix(".npy"), np.zeros(3))
+        return path.with_suffix(".npy")
+    elif kind == "shapes":
+        np.savez(path, mu=np.zeros(128), sigma=np.eye(64))
+    elif kind == "nan":
+        np.savez(path, mu=np.full(128, np.nan), sigma=np.eye(128))
+    else:
+        return image_folder(folder / "pictures", broken=(3,))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cut", "array", "shapes", "nan", "picture"])
+def test_a_bad_real_side_is_one_data_error(
+    kind: str, scored: tuple[Path, Path], captions: Path, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    real = bad_real(kind, tmp_path)
+    model = scored[0].parent / "teacher-model"
+    assert run(model, captions, tmp_path / "scores", "--real", str(real)) == 3
+    assert str(real) in capsys.readouterr().err

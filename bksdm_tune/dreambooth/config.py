@@ -56,6 +56,10 @@ class Who:
             raise UsageError("Say whom to learn: --subject dog, or --photos DIR --class-noun dog.")
         if self.photos is not None and self.class_noun is None:
             raise UsageError("--photos needs --class-noun, what the subject is: --class-noun dog.")
+        if self.class_noun is not None and not self.class_noun.strip():
+            raise UsageError("--class-noun is empty; say what the subject is: --class-noun dog.")
+        if self.subject is not None and self.name is not None:
+            raise UsageError("--name is for your own --photos; --subject has its name.")
 
 
 @dataclass(frozen=True)
@@ -143,7 +147,7 @@ class Training:
         check_positive("--min-snr-gamma", self.min_snr_gamma)
         check_range("--offset-noise", self.offset_noise, 0, 1)
         check_range("--ema", self.ema, 0, 0.99999)
-        check_range("--seed", self.seed, 0)
+        check_range("--seed", self.seed, 0, 2**62)
 
 
 @dataclass(frozen=True)

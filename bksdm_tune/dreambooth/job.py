@@ -13,8 +13,10 @@ from bksdm_tune.dreambooth.config import Config
 from bksdm_tune.dreambooth.photos import photo_folder
 from bksdm_tune.dreambooth.recipes import filled, recipe_name
 from bksdm_tune.errors import UsageError
+from bksdm_tune.optim import check_training
 from bksdm_tune.pipeline_folder import check_resolution, native_resolution
 from bksdm_tune.resolve import Parts, hash_parts, resolve, unet_config
+from bksdm_tune.runs import without_steps
 from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill, get_subject
 from subjects.photos import PhotoSet, read_photos
 
@@ -41,7 +43,8 @@ class Job:
 
     @property
     def key(self) -> str:
-        """Content key of all that decides the result, beside the number of steps."""
+        """Content key of all that decides the result; of the number of steps, where a schedule
+        without an end makes them decide only where it stops."""
         return content_key(self.facts)
 
     @property
@@ -68,6 +71,8 @@ def prepare(config: Config, device: str) -> Job:
     Raises:
         UsageError, DataError: one report of what is wrong, before any weights load.
     """
+    if config.who.photos is not None and not config.who.photos.is_dir():
+        read_photos(config.who.photos, minimum_side=1)  # says so before anything is downloaded
     noun = class_noun(config)
     ref = config.model.backbone or default_backbone(device)
     parts = resolve(ref, config.model.base)
@@ -77,19 +82,32 @@ def prepare(config: Config, device: str) -> Job:
         )
     resolution = native_resolution(parts)
     name = recipe_name(config.model.recipe, resolution)
-    config = replace(config, model=replace(config.model, backbone=parts.ref, base=parts.base))
+    who, model = config.who, config.model
+    config = replace(  # as it can be typed from anywhere
+        config,
+        who=replace(who, photos=_absolute(who.photos), data_root=_absolute(who.data_root)),
+        model=replace(model, backbone=parts.ref, base=parts.base),
+    )
     config = filled(config, name, "lora" if config.model.lora else "full", resolution)
+    check_training(config.training)
     assert config.training.resolution is not None
     check_resolution(config.training.resolution, parts)
     folder, source = photo_folder(config, resolution)
     photos = read_photos(folder, minimum_side=(config.training.resolution or resolution) // 2)
     prompts = config.prompts
     previews = config.output.preview_prompts
+    shown = default_previews(noun) if previews is None else previews
     instance = prompts.instance_prompt or fill("a {0} {1}", prompts.identifier, noun)
+    if prompts.identifier not in instance:
+        raise UsageError(
+            f"--instance-prompt {instance!r} does not hold the identifier {prompts.identifier!r}, "
+            "by which the subject is called later. Say which word it is: --identifier WORD."
+        )
     facts = {
         "config": _identity(config),
         "photos": [photo.sha256 for photo in photos.photos],
         "backbone": hash_parts(parts),
+        "previews": [*shown, config.output.preview_images],
     }
     return Job(
         config=config,
@@ -100,17 +118,20 @@ def prepare(config: Config, device: str) -> Job:
         class_noun=noun,
         instance_prompt=instance,
         class_prompt=prompts.class_prompt or fill("a {0} {1}", "", noun),
-        preview_prompts=default_previews(noun) if previews is None else previews,
+        preview_prompts=shown,
         device=device,
         folder=config.output.out or default_folder(config, parts),
         facts=facts,
     )
 
 
+def _absolute(path: Path | None) -> Path | None:
+    return None if path is None else path.expanduser().absolute()
+
+
 def _identity(config: Config) -> dict[str, Any]:
     """The config without what may change between a run and its resumption."""
-    facts = json.loads(json.dumps(asdict(config), default=str))
-    facts["training"].pop("steps")
+    facts = without_steps(json.loads(json.dumps(asdict(config), default=str)))
     facts.pop("output")
     for place in ("data_root", "photos"):  # the photos' hashes stand for where they lie
         facts["who"].pop(place)
@@ -135,7 +156,7 @@ def subject_name(config: Config) -> str:
 
 def default_folder(config: Config, parts: Parts) -> Path:
     method = "lora" if config.model.lora else "full"
-    return Path("runs") / f"{subject_name(config)}-{parts.name}-{method}"
+    return Path("runs") / f"{subject_name(config)}-{parts.name.replace('/', '-')}-{method}"
 
 
 def default_previews(noun: str) -> tuple[str, ...]:

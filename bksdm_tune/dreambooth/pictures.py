@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 from torch import Tensor
 
-from bksdm_tune.artifacts import cached, sha256_file
+from bksdm_tune.artifacts import cached, sha256_file, verify_manifest
 from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
+from bksdm_tune.errors import DataError
 from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
 from bksdm_tune.precision import autocast
 from subjects.photos import open_photo
@@ -54,6 +56,11 @@ def class_images(job: Job) -> tuple[list[Path], list[str]]:
             save_png(folder / f"class-{number:04d}.png", picture, shot)
 
     folder = cached("class-images", facts, make)
+    try:
+        verify_manifest(folder)
+    except DataError:  # somebody deleted or changed pictures there
+        shutil.rmtree(folder)
+        folder = cached("class-images", facts, make)
     paths = sorted(folder.glob("class-*.png"))
     return paths, [sha256_file(path) for path in paths]
 
@@ -111,8 +118,9 @@ def write_contact_sheet(job: Job) -> None:
     shots, steps = preview_shots(job), job.config.training.steps
     assert steps is not None
     for label, step in (("before tuning", 0), ("after tuning, the same seeds", steps)):
-        images = [Image.open(sample_path(job, step, i)).convert("RGB") for i in range(len(shots))]
-        if images:
+        paths = [sample_path(job, step, i) for i in range(len(shots))]
+        if paths and all(path.is_file() for path in paths):  # they can be deleted meanwhile
+            images = [Image.open(path).convert("RGB") for path in paths]
             rows.append(Row(label, images, tuple(shot.prompt for shot in shots)))
     title = f"{job.trigger}: {job.parts.name}, {job.method}, {steps} steps"
     contact_sheet(job.folder / "contact-sheet.png", title, rows)

@@ -11,6 +11,7 @@ from dataclasses import fields, replace
 from typing import Any
 
 from bksdm_tune.dreambooth.config import Config
+from bksdm_tune.errors import UsageError
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
@@ -61,8 +62,14 @@ def recipe(name: str, method: str) -> dict[str, Any]:
 
 def filled(config: Config, name: str, method: str, resolution: int) -> Config:
     """``config`` with every unset flag that the recipe knows set; the resolution falls back on
-    the backbone's own, the text encoder's learning rate on the U-Net's."""
+    the backbone's own, the text encoder's learning rate on the U-Net's.
+
+    Raises:
+        UsageError: two learning rates for an optimiser that has one.
+    """
     values = recipe(name, method) | {"resolution": resolution}
+    if config.training.optimiser == "prodigy":
+        values["learning_rate"] = 1.0  # it finds the rate itself; this is a factor of it
     groups: dict[str, Any] = {}
     for group_field in fields(config):
         group = getattr(config, group_field.name)
@@ -71,5 +78,7 @@ def filled(config: Config, name: str, method: str, resolution: int) -> Config:
         groups[group_field.name] = replace(group, **changes)
     training = groups["training"]
     rate = training.text_encoder_lr or training.learning_rate
+    if training.optimiser == "prodigy" and rate != training.learning_rate:
+        raise UsageError("--optimiser prodigy has one learning rate; leave out --text-encoder-lr.")
     groups["training"] = replace(training, text_encoder_lr=rate)
     return replace(config, **groups)

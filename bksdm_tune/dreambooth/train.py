@@ -17,11 +17,13 @@ from bksdm_tune.dreambooth.learner import Learner, build
 from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.memory import peak_memory_gb
-from bksdm_tune.optim import make_all, make_optimiser
+from bksdm_tune.optim import make_all
 from bksdm_tune.pipeline_folder import copy_other_parts
+from bksdm_tune.precision import choose
 from bksdm_tune.resolve import unet_config
-from bksdm_tune.runs import claim
+from bksdm_tune.runs import claim, look
 from bksdm_tune.trainables import FullWeights
+from bksdm_tune.trial import step_seconds
 
 
 def train(job: Job) -> bool:
@@ -135,31 +137,39 @@ def dry_run(job: Job) -> str:
     """Load everything, take two real steps, and say time, memory and disk; leaves no run folder.
 
     The photos stand in for class images, which take long to draw and cost a step the same.
+
+    Raises:
+        UsageError: another process or another run holds the folder.
+        DataError: the loss is not finite, or the disk is too small.
     """
+    training, output = job.config.training, job.config.output
+    assert training.steps
+    look(job.folder, job.facts, "run", "another run")
     photos = job.photos.photos if job.config.prior.prior == "images" else ()
     learner = load(job, [p.path for p in photos], [p.sha256 for p in photos])
-    training = job.config.training
-    optimiser = make_optimiser(training.optimiser, learner.trainable.parameter_groups())
-    seconds = []
-    for batch, _ in zip(learner.batches(0), range(2), strict=False):
-        started = time.perf_counter()
-        loss = learner.objective(batch)["loss"]
-        if not loss.isfinite():
-            raise DataError(f"The loss is {loss.item()} on the first step.")
-        loss.backward()
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        seconds.append(time.perf_counter() - started)
-    assert training.steps
-    step = min(seconds) * training.accumulation
-    weights = sum(
-        p.numel() for g in learner.trainable.parameter_groups() for p in g["params"]
-    )  # float32: weights, and two moments in each checkpoint
-    disk = 4 * weights * (1 + 3 * job.config.output.keep)
+    groups = learner.trainable.parameter_groups()
+    optimiser, _, ema = make_all(training, groups)
+    precision, batch = choose(training.precision, job.device), next(learner.batches(0))
+    once = step_seconds(learner.objective, batch, optimiser, ema, precision, job.device)
+    step = once * training.accumulation
+    weights = sum(p.numel() for g in groups for p in g["params"])
+    copies = 3 + bool(training.ema)  # in a checkpoint, float32: weights, two moments, average
+    disk = 4 * weights * (1 + copies * (output.keep + 1))  # one more while they rotate
+    if not job.config.model.lora:
+        disk += folder_bytes(job.parts.root)
     free = free_disk(job.folder)
+    if disk > free:
+        raise DataError(
+            f"The run needs about {disk / 1e9:.2f} GB at {job.folder}; {free / 1e9:.2f} GB are "
+            "free. Free some space, or choose another folder with --out."
+        )
     return (
         f"Dry run: {step:.3f} s a step, {training.steps} steps in {step * training.steps / 60:.1f} "
         f"min (pictures come on top); peak memory {peak_memory_gb(job.device):.2f} GB; "
         f"{weights:,} parameters train; the run folder needs about {disk / 1e9:.2f} GB "
         f"({free / 1e9:.0f} GB are free). Nothing was written into {job.folder}."
     )
+
+
+def folder_bytes(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 import torch
@@ -21,13 +22,13 @@ from bksdm_tune.evaluate.encoders import Encoder
 from bksdm_tune.evaluate.metrics import Gaussian
 from bksdm_tune.evaluate.pictures import captions_hash, draw_all, files_of, read_captions
 from bksdm_tune.evaluate.results import Metric, read_results, read_rows, write_results
-from bksdm_tune.evaluate.statistics import bootstrap_mean
+from bksdm_tune.evaluate.statistics import block_interval, bootstrap_mean
 from bksdm_tune.pipeline import Shot, load_pipeline
-from bksdm_tune.resolve import Parts, hash_weights, resolve
+from bksdm_tune.resolve import Parts, hash_parts, resolve
 from bksdm_tune.runs import occupy
 
 KIND = "backbone"
-FRECHET_RESAMPLES = 30
+FRECHET_RESAMPLES, SPLITS = 30, 10
 Features = dict[str, NDArray[Any]]
 
 
@@ -78,16 +79,18 @@ def evaluate(config: Config, device: str) -> Path | None:
         "guidance_scale": config.guidance,
         "seed": config.seed,
     }
+    if processes.rank():
+        processes.wait()  # until the first one found the folder to be this evaluation's
+        draw_all(pipeline(parts, device), shots, config.out / "pictures", config.batch_size)
+        return None
     extractors = load_extractors(config, device)  # before hours of drawing
     real_key = real_facts(config)
     real = read_real(config, real_key, extractors, device) if config.real else None
-    if processes.rank():
-        draw_all(pipeline(parts, device), shots, config.out / "pictures", config.batch_size)
-        return None
+    weights = hash_parts(parts) | {"adapter": parts.adapter and sha256_file(parts.adapter)}
     with locked(config.out):
-        facts = drawing | {"unet": hash_weights(parts.unet)}
         other = "pictures of another backbone, caption list or sampling"
-        occupy(config.out, facts, "evaluation", other)
+        occupy(config.out, drawing | weights, "evaluation", other)
+        processes.wait()
         pipe = pipeline(parts, device)
         pictures = draw_all(pipe, shots, config.out / "pictures", config.batch_size)
         del pipe
@@ -96,9 +99,11 @@ def evaluate(config: Config, device: str) -> Path | None:
         protocol = drawing | {"extractors": extractors.facts, "real": real_key}
         rows: dict[str, list[Any]] = {"key": [key for key, _ in pairs]}
         scores = score(features, texts, real, rows)
-        scores |= against_teacher(config, protocol, features, rows)
+        scores |= against_teacher(config, protocol, extractors.frechet, features, rows)
         counts = {"generated": len(pictures), "real": real["count"] if real else 0}
-        return write_results(config.out, KIND, parts.name, protocol, counts, scores, rows)
+        name = config.backbone if parts.adapter else parts.name
+        model = content_key(weights)
+        return write_results(config.out, KIND, name, model, protocol, counts, scores, rows)
 
 
 def pipeline(parts: Parts, device: str) -> Any:
@@ -123,8 +128,7 @@ def all_features(extractors: Extractors, pictures: list[Path], device: str, out:
     for name, (encoder, apply) in sides.items():
         if apply is None:
             continue
-        key = content_key([name, encoder.facts, len(pictures)])[:16]
-        path = out / "features" / f"{name}-{key}.safetensors"
+        path = features_path(out, name, encoder, len(pictures))
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             scratch = path.with_suffix(".tmp")
@@ -132,6 +136,11 @@ def all_features(extractors: Extractors, pictures: list[Path], device: str, out:
             scratch.replace(path)
         found[name] = load_file(path)["features"]
     return found
+
+
+def features_path(out: Path, name: str, encoder: Encoder, pictures: int) -> Path:
+    key = content_key([name, encoder.facts, pictures])[:16]
+    return out / "features" / f"{name}-{key}.safetensors"
 
 
 @torch.inference_mode()
@@ -161,10 +170,16 @@ def read_real(
     try:
         with np.load(config.real, allow_pickle=False) as file:
             gaussian = Gaussian(file["mu"].astype(np.float64), file["sigma"].astype(np.float64))
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, BadZipFile) as error:
         raise DataError(
             f"{config.real} is no folder of pictures and no .npz with mu and sigma: {error}"
         ) from None
+    width = gaussian.mean.size
+    if gaussian.mean.shape != (width,) or gaussian.covariance.shape != (width, width):
+        shapes = f"{gaussian.mean.shape} and {gaussian.covariance.shape}"
+        raise DataError(f"{config.real}: mu and sigma have the shapes {shapes}, not (d,), (d, d).")
+    if not (np.isfinite(gaussian.mean).all() and np.isfinite(gaussian.covariance).all()):
+        raise DataError(f"{config.real} holds numbers that are not finite.")
     return {"gaussian": gaussian, "count": 0, "features": None}
 
 
@@ -185,7 +200,10 @@ def score(
 ) -> dict[str, Metric]:
     clip = metrics.cosine(features["clip"], texts)
     rows["clip_score"] = clip.tolist()
-    scores = {"clip_score": Metric(float(clip.mean()), bootstrap_mean(clip))}
+    scores = {
+        "clip_score": Metric(float(clip.mean()), bootstrap_mean(clip)),
+        "inception_score": inception_metric(features.get("classes")),
+    }
     none = "--real was not given"
     if real is None:
         return scores | {
@@ -197,14 +215,30 @@ def score(
         only = "--real holds statistics alone; pictures are needed"
         scores |= {name: Metric(None, reason=only, better="lower") for name in ("kid", "cmmd")}
     else:
-        scores["kid"] = Metric(metrics.kid(features["frechet"], others["frechet"]), better="lower")
-        scores["cmmd"] = Metric(metrics.cmmd(features["clip"], others["clip"]), better="lower")
+        scores["kid"] = distance_metric(metrics.kid, features["frechet"], others["frechet"])
+        scores["cmmd"] = distance_metric(metrics.cmmd, features["clip"], others["clip"])
         if "dino" in features:
             scores["frechet_dino"] = frechet_metric(features["dino"], Gaussian.of(others["dino"]))
-    if "classes" in features and len(features["classes"]) >= 10:
-        mean, spread = metrics.inception_score(features["classes"])
-        scores["inception_score"] = Metric(mean, (mean - 1.96 * spread, mean + 1.96 * spread))
     return scores
+
+
+def inception_metric(probabilities: NDArray[Any] | None) -> Metric:
+    """The mean over splits, and 1.96 standard errors of that mean."""
+    if probabilities is None:
+        return Metric(None, reason="the extractor classifies nothing")
+    if len(probabilities) < SPLITS:
+        return Metric(None, reason=f"{SPLITS} splits need {SPLITS} pictures or more")
+    mean, spread = metrics.inception_score(probabilities, SPLITS)
+    half = 1.96 * spread / (SPLITS - 1) ** 0.5
+    return Metric(mean, (mean - half, mean + half))
+
+
+def distance_metric(
+    distance: Callable[..., float], features: NDArray[Any], real: NDArray[Any]
+) -> Metric:
+    value = distance(features, real)
+    interval = block_interval(value, lambda part: distance(part, real), features)
+    return Metric(value, interval, better="lower")
 
 
 def frechet_metric(features: NDArray[Any], real: Gaussian) -> Metric:
@@ -226,16 +260,22 @@ def frechet_metric(features: NDArray[Any], real: Gaussian) -> Metric:
 
 
 def against_teacher(
-    config: Config, protocol: dict[str, Any], features: Features, rows: dict[str, list[Any]]
+    config: Config,
+    protocol: dict[str, Any],
+    encoder: Encoder,
+    features: Features,
+    rows: dict[str, list[Any]],
 ) -> dict[str, Metric]:
     """Mean cosine distance between pictures of the same caption and noise.
 
     Raises:
         ProtocolError: the teacher's pictures were drawn or encoded in another way.
+        DataError: its results or features cannot be read.
     """
     if config.teacher is None:
         return {}
-    theirs = read_results(config.teacher)
+    folder = config.teacher if config.teacher.is_dir() else config.teacher.parent
+    theirs = read_results(folder)
     same = ("captions", "n", "sampler", "steps", "guidance_scale", "seed", "extractors")
     unlike = [name for name in same if theirs["protocol"].get(name) != protocol[name]]
     if unlike:
@@ -243,10 +283,11 @@ def against_teacher(
             f"--teacher {config.teacher} was evaluated with another {', '.join(unlike)}. "
             "Evaluate both with the same flags."
         )
-    assert read_rows(config.teacher)["key"] == rows["key"]
-    (path,) = (config.teacher / "features").glob("frechet-*.safetensors")
+    assert read_rows(folder)["key"] == rows["key"]
+    path = features_path(folder, "frechet", encoder, len(rows["key"]))
+    if not path.is_file():
+        raise DataError(f"{path} is not there. Evaluate --teacher {folder} again.")
     distance = 1 - metrics.cosine(features["frechet"], load_file(path)["features"])
     rows["paired_distance"] = distance.tolist()
-    return {
-        "paired_distance": Metric(float(distance.mean()), bootstrap_mean(distance), better="lower")
-    }
+    mean, interval = float(distance.mean()), bootstrap_mean(distance)
+    return {"paired_distance": Metric(mean, interval, "lower", against=theirs["model"])}

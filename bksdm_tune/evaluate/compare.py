@@ -59,11 +59,22 @@ def paired(a: dict[str, list[Any]], b: dict[str, list[Any]], name: str) -> np.nd
     return np.array([mine - theirs for mine, theirs in pairs], dtype=np.float64)
 
 
+def unpaired(
+    difference: float, a: list[float] | None, b: list[float] | None
+) -> tuple[float, float] | None:
+    """Interval of a difference of independent figures; too wide for those that go together."""
+    if a is None or b is None:
+        return None
+    half = float(np.hypot((a[1] - a[0]) / 2, (b[1] - b[0]) / 2))
+    return difference - half, difference + half
+
+
 def compare(first: Path, second: Path) -> dict[str, dict[str, Any]]:
-    """Metric -> its two values, the difference, and its interval where pictures can be paired.
+    """Metric -> its two values, the difference, and its interval: from the pictures of both where
+    they can be paired, else from the two intervals, as if the two sides were independent.
 
     Raises:
-        ProtocolError: unlike protocols.
+        ProtocolError: unlike protocols, or distances to different teachers.
         DataError: files that cannot be read.
     """
     a, b = read_results(first), read_results(second)
@@ -74,11 +85,17 @@ def compare(first: Path, second: Path) -> dict[str, dict[str, Any]]:
         values = metric["value"], b["metrics"].get(name, {}).get("value")
         if None in values:
             continue
+        others = b["metrics"][name]
+        if metric["against"] != others["against"]:
+            raise ProtocolError(
+                f"Their {name} is relative to different models. Give both evaluations the same "
+                "--teacher."
+            )
         entry: dict[str, Any] = {
             "a": values[0],
             "b": values[1],
             "difference": values[1] - values[0],
-            "ci95": None,
+            "ci95": unpaired(values[1] - values[0], metric["ci95"], others["ci95"]),
             "better": metric["better"],
         }
         if all(name in side for side in rows):

@@ -54,5 +54,5 @@ class Config:
         check_range("--n", self.n, 2)
         check_range("--steps", self.steps, 1, 1000)
         check_range("--guidance", self.guidance, 0)
-        check_range("--seed", self.seed, 0)
+        check_range("--seed", self.seed, 0, 2**62)
         check_range("--batch-size", self.batch_size, 1)

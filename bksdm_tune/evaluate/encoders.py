@@ -193,7 +193,7 @@ def inception(weights: Path | None, device: str) -> Encoder:
     return Encoder(
         "inception-v3-compat",
         "2015-12-05" if weights is None else sha256_file(weights),
-        "squash 256 bicubic",
+        "squash 256 bicubic, then 299 bilinear as in TensorFlow 1 (torch-fidelity)",
         resized(256, Image.Resampling.BICUBIC),
         lambda batch: both(batch)[0],
         classes=lambda batch: both(batch)[1],
@@ -228,13 +228,20 @@ def encode(
     device: str,
     batch_size: int = 32,
 ) -> NDArray[np.float32]:
-    """Features (N, width) of picture files, in order."""
+    """Features (N, width) of picture files, in order.
+
+    Raises:
+        DataError: a file is no picture, or only a part of one.
+    """
     parts = []
     for start in range(0, len(pictures), batch_size):
         arrays = []
         for path in pictures[start : start + batch_size]:
-            with Image.open(path) as image:
-                arrays.append(encoder.prepare(image))
+            try:
+                with Image.open(path) as image:
+                    arrays.append(encoder.prepare(image))
+            except (OSError, ValueError) as error:
+                raise DataError(f"{path} is no whole picture: {error}") from None
         batch = torch.from_numpy(np.stack(arrays)).to(device)
         parts.append(apply(batch).float().cpu().numpy())
     return np.concatenate(parts)

@@ -27,6 +27,8 @@ class Metric:
     ci95: tuple[float, float] | None = None
     better: str = "higher"
     reason: str | None = None
+    against: str | None = None
+    """Content key of the model it is relative to, if it is."""
 
     def __post_init__(self) -> None:
         assert (self.value is None) == (self.reason is not None)
@@ -37,12 +39,16 @@ def write_results(
     folder: Path,
     kind: str,
     name: str,
+    model: str,
     protocol: dict[str, Any],
     counts: dict[str, int],
     metrics: dict[str, Metric],
     rows: dict[str, list[Any]],
 ) -> Path:
-    """Write both files; ``rows``: columns of equal length, ``key`` among them, unique.
+    """Write both files.
+
+    ``model``: content key of all weights measured; ``rows``: columns of equal length, ``key`` among
+    them, unique.
 
     The rows come first, so that a ``results.json`` always has its own.
     """
@@ -57,6 +63,7 @@ def write_results(
         "schema": SCHEMA,
         "kind": kind,
         "name": name,
+        "model": model,
         "protocol": protocol,
         "fingerprint": content_key(protocol),
         "counts": counts,

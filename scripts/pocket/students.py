@@ -17,7 +17,7 @@ from scripts.pocket import unet
 from scripts.pocket.common import restore, train
 
 SIZES = ("base", "small", "tiny")
-STEPS = 250
+STEPS = 1_500
 
 
 def run(work: Path) -> None:

@@ -1,0 +1,45 @@
+"""One real training step, timed: what ``--dry-run`` measures."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+
+from bksdm_tune.errors import DataError
+from bksdm_tune.loop import Objective
+from bksdm_tune.optim import EMA
+from bksdm_tune.precision import autocast
+
+
+def step_seconds(
+    objective: Objective,
+    batch: Any,
+    optimiser: torch.optim.Optimizer,
+    ema: EMA | None,
+    precision: str,
+    device: str,
+) -> float:
+    """Seconds of the second of two steps, which the first has warmed up.
+
+    Raises:
+        DataError: the loss is not finite.
+    """
+    seconds = 0.0
+    for _ in range(2):
+        started = time.perf_counter()
+        with autocast(precision, device):
+            loss = objective(batch)["loss"]
+        loss.backward()
+        if not math.isfinite(value := loss.item()):
+            raise DataError(f"The loss is {value} on the first step.")
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        if ema is not None:
+            ema.update()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    return seconds
