@@ -98,7 +98,7 @@ def attention(device: str) -> list[dict[str, Any]]:
     """Whether SDPA, each of its kernels, and xformers attend on ``device``."""
     checks = [probe("sdpa", partial(_sdpa, device))]
     checks += [probe(f"sdpa {n.lower()}", partial(_sdpa, device, n)) for n in SDPA_BACKENDS]
-    return [*checks, probe("xformers", partial(_xformers, device))]
+    return [*checks, probe("xformers", partial(try_xformers, device))]
 
 
 def _query(device: str) -> Any:
@@ -120,7 +120,8 @@ def _sdpa(device: str, backend: str | None = None) -> None:
         scaled_dot_product_attention(query, query, query).sum().item()
 
 
-def _xformers(device: str) -> None:
+def try_xformers(device: str) -> None:
+    """Attend once; raises whatever is wrong with xformers here."""
     operations = importlib.import_module("xformers.ops")
     query = _query(device)
     operations.memory_efficient_attention(query, query, query).sum().item()

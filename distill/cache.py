@@ -245,21 +245,26 @@ class LatentCache:
             self._files[shard] = self._open.enter_context(safe_open(path, "pt"))
         return self._files[shard].get_slice(name)
 
-    def _rows(self, name: str, numbers: np.ndarray) -> list[Tensor]:
+    def _places(self, numbers: np.ndarray) -> list[tuple[int, int]]:
+        """(shard, place in it) of each row."""
         shards = np.searchsorted(self.ends, numbers, side="right")
         places = numbers - self.starts[shards]
-        return [
-            self._slice(int(shard), name)[int(place) : int(place) + 1]
-            for shard, place in zip(shards, places, strict=True)
-        ]
+        return [(int(shard), int(place)) for shard, place in zip(shards, places, strict=True)]
 
     def latents(self, numbers: np.ndarray, flips: list[bool]) -> Tensor:
         """Scaled latents of rows, float32 NCHW; ``flips`` picks the mirrored ones."""
-        pairs = torch.cat(self._rows("latents", numbers))
-        return pairs[torch.arange(len(pairs)), torch.tensor(flips, dtype=torch.long)].float()
+        parts = [
+            self._slice(shard, "latents")[place : place + 1, int(flip) : int(flip) + 1]
+            for (shard, place), flip in zip(self._places(numbers), flips, strict=True)
+        ]
+        return torch.cat(parts)[:, 0].float()
 
     def embeds(self, numbers: np.ndarray) -> Tensor | None:
         """Prompt embeddings float32 (N, tokens, width), or None if the cache has none."""
         if not self.facts["text_encoder"]:
             return None
-        return torch.cat(self._rows("embeds", numbers)).float()
+        parts = [
+            self._slice(shard, "embeds")[place : place + 1]
+            for shard, place in self._places(numbers)
+        ]
+        return torch.cat(parts).float()

@@ -32,7 +32,7 @@ Personalise it: `bksdm-tune dreambooth --backbone THIS-FOLDER --subject dog --lo
 | | |
 |---|---|
 | start | {init} |
-| data | {data}, {resolution} px, centre crop, flip {flip} |
+| data | {data}, {resolution} px, centre crop, flip {flip}; {skipped} rows skipped |
 | steps, pictures a step | {steps:,}, {pictures} |
 | learning rate, schedule | {rate:g}, {schedule} |
 | lambda task / output / feature | {lambdas} |
@@ -70,6 +70,7 @@ def card(job: Job, results: dict[str, Any]) -> str:
         init="the teacher's weights" if config.models.init == "inherit" else "random weights",
         data=f"`{config.data.data}`",
         resolution=job.resolution,
+        skipped=results["rows_skipped"],
         flip="on" if loss.flip else "off",
         steps=results["steps"],
         pictures=results["pictures_a_step"],

@@ -19,6 +19,7 @@ from bksdm_tune.optim import EMA, make_all
 from bksdm_tune.pipeline import Shot, assemble, draw, load_part
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.runs import claim
+from distill.cache import LatentCache
 from distill.card import card
 from distill.job import KIND, Job
 from distill.learner import Learner, build
@@ -126,6 +127,14 @@ def learned(log: Path) -> dict[str, Any]:
     }
 
 
+def skipped(job: Job) -> int:
+    """Rows that could not be used: broken pictures, empty captions."""
+    if isinstance(job.data, LatentCache):
+        return job.data.skipped
+    lists = job.folder.glob("skipped*.jsonl")  # one a process
+    return len({line for path in lists for line in path.read_text("utf-8").splitlines()})
+
+
 def deliver(job: Job, learner: Learner) -> None:
     """A whole pipeline folder with the student in float32 and float16; the manifest last."""
     folder, student = job.folder, learner.student
@@ -136,6 +145,7 @@ def deliver(job: Job, learner: Learner) -> None:
         "steps": job.config.training.steps,
         "pictures_a_step": job.facts["pictures a step"],
         "processes": processes.count(),
+        "rows_skipped": skipped(job),
         "unet_parameters": student.num_parameters(),
         "shape": architecture.describe(config),
         **learned(job.folder / "log.jsonl"),

@@ -25,7 +25,7 @@ from PIL import Image
 
 from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.cli import main as command
-from bksdm_tune.evaluate.results import read_results
+from bksdm_tune.evaluate.results import read_results, read_rows
 from bksdm_tune.evaluate.statistics import bootstrap_mean
 from scripts.pocket import data, probe
 from scripts.pocket.report import captions
@@ -159,6 +159,7 @@ def measure(cell: Cell, out: Path, judge: Any) -> dict[str, Any]:
         "group": cell.group, "arm": cell.arm, "size": cell.size, "seed": cell.seed,
         "pictures": cell.pictures, "attributes": float(right.mean()),
         "attributes_ci95": bootstrap_mean(right), "attributes_by_caption": right.tolist(),
+        "paired_by_caption": read_rows(scores)["paired_distance"],
         "metrics": values, "ci95": intervals,
     }  # fmt: skip
 

@@ -2,8 +2,8 @@
 
     python scripts/ablation_report.py     (writes docs/ablation.md and docs/images/ablation.png)
 
-Intervals of differences: bootstrap over captions of the difference averaged over seeds; both arms
-of a pair drew the same captions from the same noise.
+Intervals of differences: bootstrap over captions and over seeds of the training; both arms of a
+pair drew the same captions from the same noise, and trained on the same order and noise.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from bksdm_tune.evaluate.statistics import bootstrap_mean
+from bksdm_tune.evaluate.statistics import bootstrap_crossed
 from scripts.ablation import CAPTIONS, DOCS, PICTURES, STEPS, cells
 
 PAGE, PLOT = DOCS.parent / "ablation.md", DOCS.parent / "images/ablation.png"
@@ -61,19 +61,13 @@ def spread(values: list[float]) -> str:
     return f"{np.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
 
 
-def difference(a: list[dict[str, Any]], b: list[dict[str, Any]]) -> tuple[float, float, float, int]:
-    """Attributes right, a minus b: mean and interval over captions, and how many seeds."""
+def difference(a: list[dict[str, Any]], b: list[dict[str, Any]], column: str) -> str:
+    """a minus b of a figure known by caption: mean, interval, and how many seeds."""
     theirs = {result["seed"]: result for result in b}
     pairs = [(r, theirs[r["seed"]]) for r in a if r["seed"] in theirs]
-    gaps = np.mean(
-        [
-            np.subtract(mine["attributes_by_caption"], other["attributes_by_caption"])
-            for mine, other in pairs
-        ],
-        axis=0,
-    )
-    low, high = bootstrap_mean(gaps)
-    return float(gaps.mean()), low, high, len(pairs)
+    gaps = np.array([np.subtract(mine[column], other[column]) for mine, other in pairs])
+    low, high = bootstrap_crossed(gaps)
+    return f"{gaps.mean():+.3f} ({low:+.3f} to {high:+.3f})"
 
 
 def differences(found: dict[Key, list[dict[str, Any]]]) -> list[str]:
@@ -87,16 +81,14 @@ def differences(found: dict[Key, list[dict[str, Any]]]) -> list[str]:
     )
     wanted += [(full, key) for key in found if key[0] in ("data", "terms")]
     lines = [
-        "| more than | attributes right, difference | 95 % interval | seeds |",
-        "|---" * 4 + "|",
+        "| first minus second | attributes right | paired distance |",
+        "|---" * 3 + "|",
     ]
     for a, b in wanted:
         if a in found and b in found:
-            mean, low, high, seeds = difference(found[a], found[b])
-            lines.append(
-                f"| {a[1]} {a[2]} over {b[2]}, {b[3]:,} pictures | {mean:+.3f} "
-                f"| {low:+.3f} to {high:+.3f} | {seeds} |"
-            )
+            columns = ("attributes_by_caption", "paired_by_caption")
+            cells_ = [difference(found[a], found[b], column) for column in columns]
+            lines.append(f"| {a[1]} {a[2]} over {b[2]}, {b[3]:,} pictures | {' | '.join(cells_)} |")
     return lines
 
 
@@ -107,13 +99,17 @@ def plot(found: dict[Key, list[dict[str, Any]]]) -> None:
     from matplotlib import pyplot
 
     labels = [f"{size} {arm}\n{pictures:,}" for _, size, arm, pictures in found]
-    figure, axes = pyplot.subplots(figsize=(0.75 * len(labels) + 2, 4.2))
-    for x, results in enumerate(found.values()):
-        axes.plot([x] * len(results), [value(r, "attributes") for r in results], "o", alpha=0.7)
-    axes.set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
-    axes.set_ylabel(f"attributes right, {CAPTIONS} captions")
-    axes.set_title(f"Students of pocket-teacher after {STEPS} steps; a dot is a seed")
-    axes.grid(axis="y", alpha=0.3)
+    size = (0.75 * len(labels) + 2, 6.4)
+    figure, panels = pyplot.subplots(2, sharex=True, figsize=size)
+    for axes, column in zip(panels, ("attributes", "paired_distance"), strict=True):
+        for x, results in enumerate(found.values()):
+            axes.plot([x] * len(results), [value(r, column) for r in results], "o", alpha=0.7)
+        axes.set_ylabel(column.replace("_", " "))
+        axes.grid(axis="y", alpha=0.3)
+    panels[1].set_xticks(range(len(labels)), labels, rotation=60, ha="right", fontsize=8)
+    panels[0].set_title(
+        f"Students of pocket-teacher after {STEPS} steps, {CAPTIONS} captions; a dot is a seed"
+    )
     figure.tight_layout()
     PLOT.parent.mkdir(exist_ok=True)
     figure.savefig(PLOT, dpi=110)
@@ -131,7 +127,7 @@ alone. Attributes (kind, colour, background) are judged by the probe classifier;
 is 1 - cosine to the teacher's picture of the same caption and noise, on the pocket looks encoder,
 as the Frechet distance to 2,000 held-out renders is; brackets are the range over seeds.
 
-![Attributes right by arm](images/ablation.png)
+![Attributes right and paired distance by arm](images/ablation.png)
 
 {table}
 

@@ -201,6 +201,7 @@ def test_broken_pictures_are_skipped_listed_and_may_be_too_many(
     assert run(teacher, data, tmp_path / "few", "--max-broken", "0.2") == 0
     (line,) = (tmp_path / "few/skipped.jsonl").read_text().splitlines()
     assert json.loads(line)["name"] == "2.png"
+    assert read_manifest(tmp_path / "few")["results"]["rows_skipped"] == 1
     many = image_folder(tmp_path / "many", count=30, broken=tuple(range(10)))
     assert run(teacher, many, tmp_path / "run", "--max-broken", "0.01") == 3
     assert "--max-broken" in capsys.readouterr().err

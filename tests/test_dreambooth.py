@@ -301,6 +301,7 @@ def test_wrong_flags_are_refused_before_anything_loads(backbone: Path, tmp_path:
         ["--resolution", "50"],
         ["--instance-prompt", "a photo of zwx dog"],
         ["--name", "rex"],
+        ["--attention", "xformers"],
         ["--lr-warmup-steps", "5", "--lr-scheduler", "constant"],
         ["--optimiser", "prodigy", "--text-encoder-lr", "1e-5"],
         ["--seed", "99999999999999999999"],

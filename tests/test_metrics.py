@@ -10,7 +10,7 @@ import pytest
 from bksdm_tune.errors import DataError
 from bksdm_tune.evaluate import metrics
 from bksdm_tune.evaluate.metrics import Gaussian
-from bksdm_tune.evaluate.statistics import bootstrap_mean
+from bksdm_tune.evaluate.statistics import block_interval, bootstrap_crossed, bootstrap_mean
 
 
 def corners(width: int, scale: float, shift: float = 0.0) -> np.ndarray:
@@ -95,3 +95,23 @@ def test_bootstrap_interval_of_a_mean() -> None:
     half = 1.96 * values.std() / 20
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.01)
     assert bootstrap_mean(np.ones(5)) == (1.0, 1.0)
+
+
+def test_crossed_bootstrap_holds_for_other_seeds_too() -> None:
+    rng = np.random.default_rng(0)
+    captions = rng.normal(size=(1, 400))
+    same = np.repeat(captions, 3, 0)
+    low, high = bootstrap_crossed(same)
+    assert (low, high) == pytest.approx(bootstrap_mean(captions[0]), abs=0.02)
+    differing = same + np.array([[-1.0], [0.0], [1.0]])
+    wider = bootstrap_crossed(differing)
+    assert wider[0] < low - 0.5 and wider[1] > high + 0.5
+
+
+def test_block_intervals_shrink_with_the_rows() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.normal(5, 1, size=2000)
+    low, high = block_interval(5.0, lambda part: float(part.mean()), rows) or (0, 0)
+    assert (low + high) / 2 == pytest.approx(5.0)
+    assert 0.02 < (high - low) / 2 < 0.08  # 1.96 / sqrt(2000) is 0.044
+    assert block_interval(5.0, lambda part: float(part.mean()), rows[:19]) is None

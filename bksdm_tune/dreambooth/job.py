@@ -9,6 +9,7 @@ from typing import Any
 
 from bksdm_tune import architecture
 from bksdm_tune.artifacts import content_key
+from bksdm_tune.doctor import try_xformers
 from bksdm_tune.dreambooth.config import Config
 from bksdm_tune.dreambooth.photos import photo_folder
 from bksdm_tune.dreambooth.recipes import filled, recipe_name
@@ -90,6 +91,7 @@ def prepare(config: Config, device: str) -> Job:
     )
     config = filled(config, name, "lora" if config.model.lora else "full", resolution)
     check_training(config.training)
+    check_attention(config.training.attention, device)
     assert config.training.resolution is not None
     check_resolution(config.training.resolution, parts)
     folder, source = photo_folder(config, resolution)
@@ -123,6 +125,18 @@ def prepare(config: Config, device: str) -> Job:
         folder=config.output.out or default_folder(config, parts),
         facts=facts,
     )
+
+
+def check_attention(name: str, device: str) -> None:
+    """Raises UsageError: xformers does not load, or cannot attend."""
+    if name != "xformers":
+        return
+    try:
+        try_xformers(device)
+    except Exception as error:  # kernels built for another torch raise what they like
+        raise UsageError(
+            f"--attention xformers does not load here ({error}); use --attention sdpa."
+        ) from None
 
 
 def _absolute(path: Path | None) -> Path | None:

@@ -24,7 +24,6 @@ from bksdm_tune.diffusion import (
 )
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.objective import Batch, DreamBooth, Predict
-from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Batches, shuffled
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
@@ -123,12 +122,7 @@ def load_unet(job: Job) -> Any:
     dtype = half if job.config.model.lora else torch.float32
     unet = load_part(job.parts, "unet", dtype).to(job.device)
     if job.config.training.attention == "xformers":
-        try:
-            unet.enable_xformers_memory_efficient_attention()
-        except Exception as error:
-            raise UsageError(
-                f"--attention xformers does not load here ({error}); use --attention sdpa."
-            ) from None
+        unet.enable_xformers_memory_efficient_attention()
     return unet
 
 

@@ -108,12 +108,14 @@ def crops_of(path: Path, count: int, seed: int) -> list[np.ndarray]:
 def cut_real(folder: Path, photos: Path) -> None:
     train: list[np.ndarray] = []
     heldout: list[np.ndarray] = []
+    names = [name for name in SUBJECTS if (photos / name).is_dir() and name not in REAL_HELDOUT]
     for name in SUBJECTS:
         for number, path in enumerate(sorted((photos / name).glob("*.jpg"))):
             if name in REAL_HELDOUT:
                 heldout += crops_of(path, 0, 0)
             else:
                 train += crops_of(path, 80, number)
+    (folder / "real-train.json").write_text(json.dumps(names))
     np.save(folder / "real-train.npy", np.stack(train))
     np.save(folder / "real-heldout.npy", np.stack(heldout))
 

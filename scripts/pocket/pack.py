@@ -9,6 +9,7 @@ from typing import Any
 
 from scripts.pocket import clip, looks, students, unet, vae
 from scripts.pocket.common import training
+from scripts.pocket.data import REAL_HELDOUT
 
 POCKET = Path(__file__).resolve().parents[2] / "bksdm_tune/pocket"
 SIZES = ("teacher", *students.SIZES)
@@ -91,8 +92,16 @@ def write_cards(work: Path) -> None:
                 psnr=known["vae"]["psnr_real_heldout"],
                 linear=known["vae"]["psnr_real_linear_4_of_48"],
                 renders=known["vae"]["psnr_renders_heldout"],
+                real=", ".join(json.loads((work / "data/real-train.json").read_text())),
+                heldout=", ".join(REAL_HELDOUT),
+                probe=", ".join(
+                    f"{k} {known['probe'][k]:.1%}" for k in ("kind", "colour", "scene")
+                ),
             )
         )
+    for name, text in ENCODER_CARDS.items():
+        seen = known["training"][name]
+        (POCKET / f"card-{name}.md").write_text(text.format(**known[name], **seen))
     (POCKET / "facts.json").write_text(json.dumps(known, indent=2, sort_keys=True) + "\n")
 
 
@@ -120,13 +129,53 @@ Data: 60,000 pictures of 15,000 looks drawn by `subjects/illustrated`, captions 
 the DreamBooth prompts, 10 % of them empty, and 30 pictures of each of 200 looks whose captions tell
 a name in place of the paint; the looks of the 30 illustrated twins left out.
 
-VAE: f = 4, 4 latent channels, trained on those pictures and on crops of the real DreamBooth
-subjects that were on disk, without the 8 held-out ones (CC-BY 4.0; `scripts/pocket/data.py` names
-them). {psnr:.1f} dB on photos of the held-out subjects (PCA 4 of 48 fitted on those photos
-themselves: {linear:.1f} dB), {renders:.1f} dB on held-out pictures.
+VAE: f = 4, 4 latent channels, trained on those pictures and on crops of photos of real DreamBooth
+subjects (CC-BY 4.0): {real}. Held out: {heldout}. {psnr:.1f} dB on photos of the held-out subjects
+(PCA 4 of 48 fitted on those photos themselves: {linear:.1f} dB), {renders:.1f} dB on held-out
+pictures.
 
-Attributes right in 500 captions, by the probe classifier: {score}.
+Attributes right in 500 captions, by the probe classifier: {score}. The probe itself is right on
+held-out renders in {probe}.
 
 Reproduce: `python scripts/pretrain_pocket.py all --photos DIR`. Licence: Apache-2.0; it contains
 no Stable Diffusion weights.
 """
+ENCODER = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+# pocket-{name}
+
+{what}, made by bksdm-tune to score pictures of its illustrated world without a network. It says
+nothing about real photographs.
+
+| | |
+|---|---|
+| how | {how} |
+| steps, step time in all | {{steps}}, {{hours:.2f}} h on two CPU cores |
+| parameters | {{parameters:,}} |
+| how good | {good} |
+
+Data: the pictures and captions that the pocket family was trained on; the looks of the 30
+illustrated twins left out. Reproduce: `python scripts/pretrain_pocket.py data vae {name} pack`.
+Licence: Apache-2.0.
+"""
+ENCODER_CARDS = {
+    "clip": ENCODER.format(
+        name="clip",
+        what="A CLIP pair (pictures and captions into one space)",
+        how="symmetric contrastive loss on pictures and their captions, batch 96",
+        good="the caption of a held-out picture is among the nearest 10 of 1,000 in "
+        "{caption_in_top_10_of_1000:.1%}",
+    ),
+    "looks": ENCODER.format(
+        name="looks",
+        what="A self-supervised encoder that tells subjects of one class apart",
+        how="NT-Xent on pairs of pictures of one look in two scenes, half of them through the VAE; "
+        "no labels",
+        good="same subject against another of its class: AUC {auc_unseen_looks:.4f} on looks it "
+        "never saw, {auc_unseen_looks_through_the_vae:.4f} with the pictures through the VAE, "
+        "{auc_twins:.4f} on the twins",
+    ),
+}
