@@ -45,6 +45,23 @@ def timed(command: list[str], folder: Path) -> float:
     return time.perf_counter() - started
 
 
+def runnable(checkout: Path, scratch: Path) -> Path:
+    """The reference's script from a copy of its ``src``, with what today's accelerate refuses mended.
+
+    ``logging_dir`` went from ``Accelerator`` into its project configuration, and a tracker that is
+    not there (wandb, never used) is an error.
+    """
+    source = shutil.copytree(checkout / "src", scratch / "src", dirs_exist_ok=True)
+    script = source / "kd_train_text_to_image.py"
+    text = script.read_text()
+    mended = text.replace("        logging_dir=logging_dir,\n", "").replace(
+        "ProjectConfiguration(total", "ProjectConfiguration(logging_dir=logging_dir, total"
+    )
+    mended = mended.replace('wandb_tracker = accelerator.get_tracker("wandb")', "")
+    script.write_text(mended)
+    return script
+
+
 def reference(options: Any, scratch: Path, teacher: Path, steps: int) -> list[str]:
     configs = scratch / "unet_config" / f"bk_{options.size}"
     configs.mkdir(parents=True, exist_ok=True)
@@ -52,7 +69,7 @@ def reference(options: Any, scratch: Path, teacher: Path, steps: int) -> list[st
     config["_class_name"] = "UNet2DConditionModel"
     (configs / "config.json").write_text(json.dumps(config))
     return [
-        sys.executable, str(options.reference / "src/kd_train_text_to_image.py"),
+        sys.executable, str(runnable(options.reference, scratch)),
         "--pretrained_model_name_or_path", str(teacher), "--train_data_dir", str(options.data),
         "--use_ema", "--resolution", str(options.resolution), "--center_crop", "--random_flip",
         "--train_batch_size", str(options.batch_size), "--gradient_accumulation_steps", "1",
