@@ -171,7 +171,8 @@ def describe(job: Job) -> str:
     )
     return (
         f"Teacher: {job.parts.name}; student: {job.config.models.size}, "
-        f"{job.config.models.init} start, on {job.device}\n"
+        f"{job.config.models.init} start, on {job.device}, processes: {processes.count()}, "
+        f"{job.facts['pictures a step']} pictures a step\n"
         f"Data: {rows}, {kind}, {job.resolution} px{skipped}\n"
         f"Run folder: {job.folder}"
     )

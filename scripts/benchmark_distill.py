@@ -46,7 +46,7 @@ def timed(command: list[str], folder: Path) -> float:
 
 
 def runnable(checkout: Path, scratch: Path) -> Path:
-    """The reference's script from a copy of its ``src``, with what today's accelerate refuses mended.
+    """The reference's script from a copy of its ``src``, with what accelerate now refuses mended.
 
     ``logging_dir`` went from ``Accelerator`` into its project configuration, and a tracker that is
     not there (wandb, never used) is an error.
