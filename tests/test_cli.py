@@ -141,6 +141,12 @@ def test_a_verb_gets_its_arguments_and_gives_the_exit_code(stub: Any) -> None:
             3,
             "disk full at runs/x: free some space, then repeat.",
         ),
+        (
+            RuntimeError("I/O error: No space left on device (os error 28)"),
+            3,
+            "disk full: free some space, then repeat.",
+        ),
+        (PermissionError(errno.EACCES, "Permission denied", "/x"), 3, "/x: Permission denied."),
     ],
 )
 def test_what_the_user_caused_is_one_line(

@@ -221,3 +221,24 @@ def test_hash_follows_weights_and_config_alone(pipeline: Path) -> None:
     weights = unet / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes() + b" ")
     assert len({before, changed, hash_weights(unet)}) == 3
+
+
+@pytest.mark.parametrize("ref", ["./nowhere", "../models", "runs/typo", "/no/where", "a/b/c"])
+def test_a_mistyped_path_is_no_hub_id(ref: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve_module, "hub_folder", lambda ref: pytest.fail(f"asked for {ref}"))
+    with pytest.raises(UsageError, match="neither a registered backbone"):
+        resolve(ref)
+
+
+def test_truncated_weights_are_named(pipeline: Path) -> None:
+    weights = pipeline / "unet/diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    with pytest.raises(DataError, match="diffusion_pytorch_model.safetensors is damaged"):
+        resolve(str(pipeline))
+
+
+def test_an_unfinished_run_says_how_to_go_on(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.run.json").write_text("{}")
+    with pytest.raises(DataError, match="has not finished"):
+        resolve(str(tmp_path / "run"))
