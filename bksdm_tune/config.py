@@ -25,6 +25,9 @@ T = TypeVar("T")
 CONFIG_FLAG = "--config"
 # TOML has no null: this word stands for None where leaving the key out would mean something else.
 NONE = "none"
+ScheduleName = Literal[
+    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
+]
 
 
 def group(kind: type) -> Any:

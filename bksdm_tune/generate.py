@@ -108,11 +108,9 @@ def fill_subject(prompt: str, trigger: str | None) -> str:
 
 def free_name(out: Path, stem: str, settings: str) -> Path:
     """``stem.png``, or with a number if a picture of other settings has that name."""
-    for number in itertools.count(1):
-        path = out / (f"{stem}.png" if number == 1 else f"{stem}-{number}.png")
-        if not path.exists() or settings_of(path) == settings:
-            return path
-    raise AssertionError
+    names = itertools.chain([stem], (f"{stem}-{number}" for number in itertools.count(2)))
+    paths = (out / f"{name}.png" for name in names)
+    return next(path for path in paths if not path.exists() or settings_of(path) == settings)
 
 
 def settings_of(path: Path) -> str | None:

@@ -9,12 +9,10 @@ from typing import Any, Literal
 
 import torch
 
+from bksdm_tune.config import ScheduleName
 from bksdm_tune.errors import UsageError
 
 OptimiserName = Literal["adamw", "adamw8bit", "adafactor", "prodigy"]
-ScheduleName = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
 
 
 LIBRARIES = {"adamw8bit": ("bitsandbytes", "gpu"), "prodigy": ("prodigyopt", "prodigy")}

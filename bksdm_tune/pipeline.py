@@ -158,6 +158,11 @@ def save_png(path: Path, image: Image.Image, shot: Shot, **facts: str) -> None:
     for key, value in (asdict(shot) | facts).items():
         info.add_text(key, str(value))
     info.add_text("bksdm_tune", settings_text(shot, facts))
-    scratch = path.with_name(f".{path.name}.tmp")  # a picture that is there is whole
+    write_png(path, image, info)
+
+
+def write_png(path: Path, image: Image.Image, info: PngInfo | None = None) -> None:
+    """Save so that a picture that is there is whole."""
+    scratch = path.with_name(f".{path.name}.tmp")
     image.save(scratch, "PNG", pnginfo=info)
     scratch.replace(path)

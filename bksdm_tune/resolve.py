@@ -1,8 +1,8 @@
 """From what a user types after ``--backbone`` to folders on disk.
 
 A registry name, a diffusers pipeline folder, a Hub id, a run folder, or a U-Net-only folder or
-repository combined with a base for the other parts.  Standard library; the Hub client is imported
-only when a Hub id has to be looked up.
+repository combined with a base for the other parts.  Never torch: only the headers of weights are
+read, and the Hub client is imported only when a Hub id has to be looked up.
 """
 
 from __future__ import annotations

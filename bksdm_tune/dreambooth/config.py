@@ -9,13 +9,10 @@ from typing import Annotated, Literal
 from tyro.conf import arg
 from tyro.constructors import PrimitiveConstructorSpec
 
-from bksdm_tune.config import check_positive, check_range, group
+from bksdm_tune.config import ScheduleName, check_positive, check_range, group
 from bksdm_tune.errors import UsageError
 
 Prior = Literal["images", "prediction", "none"]
-Scheduler = Literal[
-    "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"
-]
 
 
 def read_switch(words: list[str]) -> bool:
@@ -103,7 +100,7 @@ class Training:
     """Of the U-Net."""
     text_encoder_lr: float | None = None
     """Of the text encoder; default: as the U-Net's."""
-    lr_scheduler: Scheduler | None = None
+    lr_scheduler: ScheduleName | None = None
     """Learning-rate schedule."""
     lr_warmup_steps: int = 0
     """Optimiser steps of warm-up, for the schedules that have one."""

@@ -10,7 +10,7 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from bksdm_tune.artifacts import cached, sha256_file, verify_manifest
+from bksdm_tune.artifacts import cached, read_manifest, verify_manifest
 from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.errors import DataError
@@ -57,12 +57,12 @@ def class_images(job: Job) -> tuple[list[Path], list[str]]:
 
     folder = cached("class-images", facts, make)
     try:
-        verify_manifest(folder)
+        files = verify_manifest(folder)["files"]
     except DataError:  # somebody deleted or changed pictures there
         shutil.rmtree(folder)
-        folder = cached("class-images", facts, make)
-    paths = sorted(folder.glob("class-*.png"))
-    return paths, [sha256_file(path) for path in paths]
+        files = read_manifest(cached("class-images", facts, make))["files"]
+    names = sorted(files)
+    return [folder / name for name in names], [files[name]["sha256"] for name in names]
 
 
 def preview_shots(job: Job) -> list[Shot]:

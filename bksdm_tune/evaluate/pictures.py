@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from bksdm_tune import processes
 from bksdm_tune.errors import DataError
-from bksdm_tune.pipeline import Shot, draw
+from bksdm_tune.pipeline import Shot, draw, write_png
 
 KEPT_SIDE = 256  # pixels; larger pictures are reduced to it, bicubic in PIL
 
@@ -69,12 +69,10 @@ def draw_all(pipe: Any, shots: list[Shot], folder: Path, batch_size: int) -> lis
 
 
 def keep(image: Image.Image, path: Path) -> None:
-    """Save so that a file that is there is whole."""
+    """Save whole, reduced to KEPT_SIDE."""
     if image.width > KEPT_SIDE:
         image = image.resize((KEPT_SIDE, KEPT_SIDE), Image.Resampling.BICUBIC)
-    scratch = path.with_suffix(".tmp")
-    image.save(scratch, "PNG")
-    scratch.replace(path)
+    write_png(path, image)
 
 
 def files_of(folder: Path) -> list[Path]:

@@ -12,6 +12,13 @@ RESAMPLES, LEVEL = 10_000, 0.95
 BLOCKS = 10
 
 
+def percentiles(resampled: NDArray[Any]) -> tuple[float, float]:
+    """The middle 95 % of resampled figures."""
+    tail = (1 - LEVEL) / 2
+    low, high = np.quantile(resampled, [tail, 1 - tail])
+    return float(low), float(high)
+
+
 def bootstrap_mean(
     values: NDArray[Any], seed: int = 0, resamples: int = RESAMPLES
 ) -> tuple[float, float]:
@@ -22,9 +29,7 @@ def bootstrap_mean(
         values[rng.integers(len(values), size=(min(500, resamples - done), len(values)))].mean(1)
         for done in range(0, resamples, 500)
     ]
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(np.concatenate(means), [tail, 1 - tail])
-    return float(low), float(high)
+    return percentiles(np.concatenate(means))
 
 
 def bootstrap_crossed(
@@ -40,9 +45,7 @@ def bootstrap_crossed(
     by_row = rng.multinomial(rows, np.full(rows, 1 / rows), size=resamples) / rows
     by_column = rng.multinomial(columns, np.full(columns, 1 / columns), size=resamples) / columns
     means = np.einsum("ri,ij,rj->r", by_row, values.astype(np.float64), by_column, optimize=True)
-    tail = (1 - LEVEL) / 2
-    low, high = np.quantile(means, [tail, 1 - tail])
-    return float(low), float(high)
+    return percentiles(means)
 
 
 def block_interval(
