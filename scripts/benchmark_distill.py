@@ -8,6 +8,8 @@ image folder, ours from a latent cache made first (its time is reported beside).
 is the difference between a run of ``1 + steps`` and a run of 1 step, so loading does not count; the
 sides take turns, and the medians make the ratio.  Neither side draws validation pictures, both keep
 an EMA, accumulate nothing and train in float32 on a CPU, fp16 (theirs) or bf16 (ours) on a GPU.
+``unets_alone`` is the limit at equal arithmetic: the teacher's forward, the student's forward and
+backward, on one batch already in memory, nothing else.
 """
 
 from __future__ import annotations
@@ -21,16 +23,21 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bksdm_tune.artifacts import versions
+from bksdm_tune.pipeline import load_part
+from bksdm_tune.precision import autocast
 from bksdm_tune.resolve import resolve, unet_config
 from bksdm_tune.unet_configs import PLANS, student_config
+from distill.surgery import inherit
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -101,6 +108,57 @@ def step_seconds(make: Any, options: Any, scratch: Path, teacher: Path) -> float
     return (seconds[1] - seconds[0]) / options.steps
 
 
+def device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class Unets:
+    """The arithmetic that both sides share, as ours runs it: one batch, in memory."""
+
+    def __init__(self, options: Any, teacher: Path) -> None:
+        self.teacher = load_part(resolve(str(teacher)), "unet").to(device()).requires_grad_(False)
+        self.student = inherit(self.teacher, PLANS[options.size]).to(device()).train()
+        for unet in (self.teacher, self.student):
+            unet.to(memory_format=torch.channels_last)
+        size, config = options.batch_size, self.teacher.config
+        side, width = config["sample_size"], config["cross_attention_dim"]
+        noisy = torch.randn(size, config["in_channels"], side, side, device=device())
+        timesteps = torch.randint(0, 1000, (size,), device=device())
+        embeds = torch.randn(size, options.tokens, width, device=device())
+        self.inputs = (noisy, timesteps, embeds)
+
+    def step(self) -> None:
+        with autocast("auto", device()):
+            with torch.no_grad():
+                wanted = self.teacher(*self.inputs).sample
+            loss = (self.student(*self.inputs).sample - wanted).square().mean()
+        loss.backward()
+        self.student.zero_grad(set_to_none=True)
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return int(counter.get_total_flops())
+
+
+def median_seconds(work: Callable[[], Any], rounds: int = 8) -> float:
+    seconds = []
+    for _ in range(rounds + 2):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+def matrix_rate(side: int = 2048) -> float:
+    """FLOP/s of a square matrix product in the precision that training computes in."""
+    left, right = torch.randn(2, side, side, device=device())
+    with autocast("auto", device()):
+        return 2 * side**3 / median_seconds(lambda: left @ right)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -112,11 +170,13 @@ def main() -> None:
     parser.add_argument("--size", choices=("base", "small", "tiny"), default="small")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--tokens", type=int, default=32, help="the tokenizer's maximum length")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
     options.data, options.reference = options.data.resolve(), options.reference.resolve()
     teacher = resolve(options.teacher).root
+    unets = Unets(options, teacher)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         cache = [sys.executable, "-m", "bksdm_tune", "cache", "--teacher", str(teacher)]
@@ -126,6 +186,7 @@ def main() -> None:
             {
                 "ours": step_seconds(ours, options, scratch, teacher),
                 "reference": step_seconds(reference, options, scratch, teacher),
+                "unets_alone": median_seconds(unets.step),
             }
             for _ in range(options.repeats)
         ]
@@ -134,11 +195,13 @@ def main() -> None:
         "command": " ".join(["python", *sys.argv]),
         "seconds_a_step": medians,
         "turns": turns,
+        "unets_alone_over_ours": medians["unets_alone"] / medians["ours"],
+        "share_of_matrix_rate": unets.flops() / medians["ours"] / matrix_rate(),
         "reference_over_ours": medians["reference"] / medians["ours"],
         "cache_seconds_once": cached,
         "batch_size": options.batch_size,
         "size": options.size,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "device": torch.cuda.get_device_name() if device() == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "versions": versions(),
     }
