@@ -1,6 +1,7 @@
 """The command line: a table of verbs, each imported only when it runs, and the exit codes.
 
-Exit 0 done, 2 usage, 3 bad data or a full disk, 5 unlike protocols, 130 interrupted.
+Exit 0 done, 2 usage, 3 bad data or a full disk, 4 scored in part, 5 unlike protocols,
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ VERBS = (
     Verb("dreambooth", "bksdm_tune.dreambooth.command", "teach a model one subject"),
     Verb("generate",   "bksdm_tune.generate",           "draw pictures with what was tuned"),
     Verb("evaluate",   "bksdm_tune.evaluate.command",   "score a backbone on captions"),
+    Verb("score",      "bksdm_tune.evaluate.score_command", "score pictures of a subject"),
     Verb("compare",    "bksdm_tune.evaluate.compare",   "subtract two scores of one protocol"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),
 )

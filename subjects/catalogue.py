@@ -147,6 +147,15 @@ def prompts_for(subject: Subject) -> tuple[str, ...]:
     return LIVE_PROMPTS if subject.live else OBJECT_PROMPTS
 
 
+def prompt_type(template: str) -> str:
+    """scene (recontextualisation), outfit (accessorisation), look (property) or other."""
+    if template in _SHARED_SCENES + _OBJECT_SCENES:
+        return "scene"
+    return (
+        "outfit" if template in _LIVE_OUTFITS else "look" if template in _SHARED_LOOKS else "other"
+    )
+
+
 def fill(template: str, identifier: str, class_noun: str) -> str:
     """A template as a prompt; an empty identifier leaves no double space behind."""
     return " ".join(template.format(identifier, class_noun).split())

@@ -118,6 +118,7 @@ def finish(job: Job, learner: Learner, seconds: float) -> None:
         "backbone": backbone,
         "photos": {photo.path.name: photo.sha256 for photo in job.photos.photos},
         "photo_source": job.photo_source,
+        "photo_folder": str(job.photos.folder.absolute()),
     }
     plain = json.loads(json.dumps(asdict(job.config), default=str))
     write_manifest(folder, job.kind, plain, parents, results)

@@ -12,8 +12,12 @@ from tyro.conf import Positional
 
 from bksdm_tune.config import parse
 from bksdm_tune.errors import DataError, ProtocolError
-from bksdm_tune.evaluate.results import read_results, read_rows
-from bksdm_tune.evaluate.statistics import bootstrap_mean
+from bksdm_tune.evaluate import subject_scores
+from bksdm_tune.evaluate.results import IMAGES, SUBJECTS, read_results, read_rows
+from bksdm_tune.evaluate.statistics import bootstrap_cells, bootstrap_mean, holm, sign_flip
+from bksdm_tune.evaluate.subject_scores import MEASURES
+
+KEY = ("role", "subject_id", "prompt_id", "seed", "sample_idx")
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def compare(first: Path, second: Path) -> dict[str, dict[str, Any]]:
     """
     a, b = read_results(first), read_results(second)
     check_alike(a, b)
+    if a["kind"] == SUBJECTS:
+        return compare_subjects((a, b), (first, second))
     rows = read_rows(first), read_rows(second)
     report: dict[str, dict[str, Any]] = {}
     for name, metric in a["metrics"].items():
@@ -106,16 +112,72 @@ def compare(first: Path, second: Path) -> dict[str, dict[str, Any]]:
     return report
 
 
+def compare_subjects(
+    results: tuple[dict[str, Any], dict[str, Any]], paths: tuple[Path, Path]
+) -> dict[str, dict[str, Any]]:
+    """As ``compare``, for scores of subjects: pictures paired by subject, prompt, seed and sample,
+    intervals from subjects and prompts, p by flipping the subjects' signs, Holm over the metrics.
+    """
+    report: dict[str, dict[str, Any]] = {}
+    tables = [_by_key(read_rows(path, IMAGES)) for path in paths]
+    for name, measure in MEASURES.items():
+        rows = differences_of(*tables, name)
+        if not rows:
+            continue
+        cells = subject_scores.cells(rows, name)
+        p = sign_flip(cells.by_subject())
+        report[name] = {
+            "a": results[0]["metrics"][name]["macro"],
+            "b": results[1]["metrics"][name]["macro"],
+            "difference": float(cells.by_subject().mean()),
+            "ci95": bootstrap_cells(cells),
+            "p": p,
+            "pairs": len(rows),
+            "subjects": len(cells.values),
+            "better": measure.better,
+        }
+        if p is None:
+            report[name]["reason"] = "one subject has no spread over subjects"
+    known = {name: entry["p"] for name, entry in report.items() if entry["p"] is not None}
+    for name, value in holm(known).items():
+        report[name]["p_holm"] = value
+    if not report:
+        raise DataError("The two results have no picture in common.")
+    return report
+
+
+def _by_key(columns: dict[str, list[Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    return {tuple(row[name] for name in KEY): row for row in rows if row["role"] != "reference"}
+
+
+def differences_of(
+    a: dict[tuple[Any, ...], dict[str, Any]], b: dict[tuple[Any, ...], dict[str, Any]], name: str
+) -> list[dict[str, Any]]:
+    """Rows of A whose figure is B's minus A's, where both have one."""
+    found = []
+    for key in sorted(a.keys() & b.keys(), key=str):
+        values = a[key][name], b[key][name]
+        if None not in values and a[key]["role"] == MEASURES[name].role:
+            found.append(a[key] | {name: values[1] - values[0]})
+    return found
+
+
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune compare")
     report = compare(config.a, config.b)
     if config.json:
         print(json.dumps(report, indent=2, sort_keys=True))
         return 0
-    print("| metric | A | B | B - A | 95 % interval | better |\n|---|---|---|---|---|---|")
+    print(
+        "| metric | A | B | B - A | 95 % interval | p (Holm) | better |\n|---|---|---|---|---|---|---|"
+    )
     for name, entry in report.items():
-        interval = entry["ci95"]
+        interval, p = entry["ci95"], entry.get("p_holm")
         bounds = f"{interval[0]:+.4g} to {interval[1]:+.4g}" if interval else ""
         cells = [f"{entry['a']:.4g}", f"{entry['b']:.4g}", f"{entry['difference']:+.4g}", bounds]
+        cells.append("" if p is None else f"{p:.3g}")
         print(f"| {name} | {' | '.join(cells)} | {entry['better']} |")
     return 0

@@ -6,6 +6,7 @@ names say so, and names are part of a result's protocol.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,12 @@ from bksdm_tune.artifacts import content_key, sha256_file
 from bksdm_tune.diffusion import crop, tokenise
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.pocket import encoder as pocket_folder
+from bksdm_tune.resolve import read_json
+from subjects.photos import open_photo
 
 POCKET_SIDE = 64
+PUBLISHED_SIDE, PUBLISHED_SHORT = 224, 256  # DINO's own evaluation: resize, then centre crop
+FIXED_SIDE = ("vit",)  # of transformers; others stretch their position embeddings
 
 
 @dataclass(frozen=True)
@@ -100,20 +105,59 @@ def pocket_looks(device: str) -> Encoder:
 
 
 def pocket_clip(device: str) -> Encoder:
-    from transformers import CLIPModel, CLIPTokenizer
-
-    folder = pocket_folder("clip")
-    model = CLIPModel.from_pretrained(folder).eval().to(device)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
     prepare = resized(POCKET_SIDE, Image.Resampling.BICUBIC)
+    folder = pocket_folder("clip")
+    return _clip_model(folder, "pocket-clip", "squash 64 bicubic", prepare, (HALF, HALF), device)
+
+
+def clip_folder(folder: Path, device: str) -> Encoder:
+    """A CLIP of transformers with its tokenizer; pixels as CLIP wants them.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    side = _side(folder, "vision_config")
+    way, norms = centred(side, side), (CLIP_MEAN, CLIP_STD)
+    text = f"short side {side} bicubic, centre crop"
+    return _clip_model(folder, folder.name, text, way, norms, device)
+
+
+def _clip_model(
+    folder: Path,
+    name: str,
+    preprocessing: str,
+    prepare: Callable[[Image.Image], NDArray[np.uint8]],
+    norms: tuple[tuple[float, ...], tuple[float, ...]],
+    device: str,
+) -> Encoder:
+    from transformers import AutoTokenizer, CLIPModel
+
+    try:
+        model = CLIPModel.from_pretrained(folder).eval().to(device)
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise DataError(
+            f"{folder} cannot be loaded as a CLIP with its tokenizer: {error}"
+        ) from None
+    tokenizer.model_max_length = model.config.text_config.max_position_embeddings
     return Encoder(
-        "pocket-clip",
+        name,
         hash_folder(folder),
-        "squash 64 bicubic",
+        preprocessing,
         prepare,
-        lambda batch: clip_images(model, _normalised(batch, HALF, HALF)),
+        lambda batch: clip_images(model, _normalised(batch, *norms)),
         lambda texts: clip_texts(model, tokenizer, texts),
     )
+
+
+def _side(folder: Path, part: str | None = None) -> int:
+    """Side in pixels of the pictures that a vision model's config.json asks for."""
+    config = read_json(folder / "config.json")
+    config = config.get(part, {}) if part else config
+    side = config.get("image_size", PUBLISHED_SIDE)
+    if not isinstance(side, int):
+        raise DataError(f"{folder / 'config.json'}: image_size is {side!r}, not one integer.")
+    return side
 
 
 def clip_images(model: Any, pixels: Tensor) -> Tensor:
@@ -200,24 +244,54 @@ def inception(weights: Path | None, device: str) -> Encoder:
     )
 
 
-def dino(folder: str, device: str) -> Encoder:
-    """DINO or DINOv2, class token, from a local transformers folder or a Hub id."""
+def dino(source: str, device: str) -> Encoder:
+    """DINO or DINOv2, class token, from a local transformers folder or a Hub id (``id@revision``).
+
+    The paper's pixels whatever the model was trained at, 256 and 224; a model that takes no other
+    side than its own gets that, in the same proportion.
+
+    Raises:
+        DataError: it is not there, or no vision model.
+    """
     from transformers import AutoModel
 
+    folder = Path(source) if Path(source).is_dir() else _hub_model(source)
+    fixed = read_json(folder / "config.json").get("model_type") in FIXED_SIDE
+    side = _side(folder) if fixed else PUBLISHED_SIDE
+    short = side * PUBLISHED_SHORT // PUBLISHED_SIDE
     try:
         model = AutoModel.from_pretrained(folder).eval().to(device)
     except Exception as error:
-        raise DataError(f"{folder} cannot be loaded as a vision model: {error}") from None
-    local = Path(folder)
+        raise DataError(f"{source} cannot be loaded as a vision model: {error}") from None
     return Encoder(
-        folder if not local.is_dir() else local.name,
-        hash_folder(local) if local.is_dir() else folder,
-        "short side 256 bicubic, centre crop 224",
-        centred(224, 256),
+        folder.name if Path(source).is_dir() else source,
+        hash_folder(folder),
+        f"short side {short} bicubic, centre crop {side}",
+        centred(side, short),
         lambda batch: model(
             pixel_values=_normalised(batch, IMAGENET_MEAN, IMAGENET_STD)
         ).last_hidden_state[:, 0],
     )
+
+
+def _hub_model(source: str) -> Path:
+    """Raises DataError: it is neither in the Hub cache nor to be had."""
+    from huggingface_hub import snapshot_download
+
+    name, _, revision = source.partition("@")
+    wanted: dict[str, Any] = {
+        "allow_patterns": ["config.json", "*.safetensors"],
+        "revision": revision or None,
+    }
+    try:
+        return Path(snapshot_download(name, **wanted, local_files_only=True))
+    except OSError:
+        print(f"Downloading {name} from the Hugging Face Hub.", file=sys.stderr)
+    try:
+        return Path(snapshot_download(name, **wanted))
+    except Exception as error:  # whichever HTTP library the Hub client uses raises its own
+        reason = str(error).strip().splitlines()[0]
+        raise DataError(f"{name} is not on this disk and cannot be downloaded: {reason}") from None
 
 
 @torch.inference_mode()
@@ -235,13 +309,7 @@ def encode(
     """
     parts = []
     for start in range(0, len(pictures), batch_size):
-        arrays = []
-        for path in pictures[start : start + batch_size]:
-            try:
-                with Image.open(path) as image:
-                    arrays.append(encoder.prepare(image))
-            except (OSError, ValueError) as error:
-                raise DataError(f"{path} is no whole picture: {error}") from None
+        arrays = [encoder.prepare(open_photo(p)) for p in pictures[start : start + batch_size]]
         batch = torch.from_numpy(np.stack(arrays)).to(device)
         parts.append(apply(batch).float().cpu().numpy())
     return np.concatenate(parts)

@@ -15,8 +15,9 @@ from typing import Any
 from bksdm_tune.artifacts import content_key, versions, write_text_atomic
 from bksdm_tune.errors import DataError
 
-SCHEMA = "bksdm-tune/results/1"
+SCHEMA, SCORES_SCHEMA = "bksdm-tune/results/1", "bksdm-tune/scores/1"
 FILE, ROWS = "results.json", "rows.parquet"
+SCORES, IMAGES, SUBJECTS = "scores.json", "images.parquet", "subjects"  # score.py
 
 
 @dataclass(frozen=True)
@@ -76,30 +77,33 @@ def write_results(
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """``results.json``, or the folder it lies in.
+    """``results.json`` or ``scores.json``, or the folder it lies in.
 
     Raises:
         DataError: there is none, or it is not one of ours.
     """
-    file = path / FILE if path.is_dir() else path
+    file = path
+    if path.is_dir():
+        file = next((path / n for n in (FILE, SCORES) if (path / n).is_file()), path / FILE)
     try:
         result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"{file} cannot be read as results: {error}") from None
-    if not isinstance(result, dict) or result.get("schema") != SCHEMA:
-        raise DataError(f"{file} holds no results of this program ({SCHEMA}).")
+    known = (SCHEMA, SCORES_SCHEMA)
+    if not isinstance(result, dict) or result.get("schema") not in known:
+        raise DataError(f"{file} holds no results of this program ({' or '.join(known)}).")
     return result
 
 
-def read_rows(path: Path) -> dict[str, list[Any]]:
-    """The columns beside ``results.json``."""
+def read_rows(path: Path, name: str = ROWS) -> dict[str, list[Any]]:
+    """The columns of the table beside a result."""
     import pyarrow.parquet
 
     folder = path if path.is_dir() else path.parent
     try:
-        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(folder / ROWS).to_pydict()
+        columns: dict[str, list[Any]] = pyarrow.parquet.read_table(folder / name).to_pydict()
     except (OSError, ValueError) as error:
-        raise DataError(f"{folder / ROWS} cannot be read: {error}") from None
+        raise DataError(f"{folder / name} cannot be read: {error}") from None
     return columns
 
 

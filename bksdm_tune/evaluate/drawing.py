@@ -1,0 +1,186 @@
+"""The pictures that a model is scored on: every prompt with the same seeds, and the plain class."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bksdm_tune.artifacts import cached, locked
+from bksdm_tune.evaluate.manifest import ClassPrior, Generated, Reference, Row, write_rows
+from bksdm_tune.pipeline import Shot, draw, load_pipeline, save_png
+from bksdm_tune.pipeline_folder import native_resolution
+from bksdm_tune.resolve import Parts, hash_parts
+from bksdm_tune.runs import occupy
+from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill
+from subjects.photos import PhotoSet
+
+CHUNK = 8  # pictures between two saves; drawing goes on after an interruption
+MANIFEST = "manifest.jsonl"
+NO_IDENTIFIER = ""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is drawn for a subject.  The defaults are the benchmark's (DreamBooth, section 4.1;
+    sampling as BK-SDM: the same noises for every prompt)."""
+
+    prompts: int = 25
+    """Of the subject's list, the first ones."""
+    images: int = 4
+    """A prompt."""
+    class_images: int = 8
+    """Of the plain class."""
+    seed: int = 1234
+    steps: int = 25
+    guidance_scale: float = 7.5
+
+    @property
+    def seeds(self) -> range:
+        return range(self.seed, self.seed + self.images)
+
+
+@dataclass(frozen=True)
+class Sitter:
+    """Whose pictures are drawn."""
+
+    subject_id: str
+    class_noun: str
+    identifier: str
+    photos: PhotoSet
+
+    @property
+    def group(self) -> str:
+        return "live" if self.class_noun in LIVE_CLASSES else "object"
+
+    def templates(self, grid: Grid) -> tuple[str, ...]:
+        return (LIVE_PROMPTS if self.group == "live" else OBJECT_PROMPTS)[: grid.prompts]
+
+
+@dataclass(frozen=True)
+class Order:
+    """A picture to draw, and its row."""
+
+    shot: Shot
+    row: Generated | ClassPrior
+
+
+def orders(sitter: Sitter, grid: Grid, identifier: str) -> Iterator[Order]:
+    """``identifier`` '' draws what the backbone makes of the class alone."""
+    noun, name = sitter.class_noun, sitter.subject_id
+    for number, text in enumerate(sitter.templates(grid)):
+        for index, seed in enumerate(grid.seeds):
+            path = f"pictures/{name}/{number:02d}-{seed}.png"
+            row = Generated(
+                name, path, f"{number:02d}", text, noun, identifier, sitter.group, seed, index
+            )
+            yield Order(_shot(fill(text, identifier, noun), seed, grid), row)
+    for seed in range(grid.seed, grid.seed + grid.class_images):
+        row_of_class = ClassPrior(name, f"class/{name}/{seed}.png", noun, seed)
+        yield Order(_shot(fill("a {0} {1}", "", noun), seed, grid), row_of_class)
+
+
+def _shot(prompt: str, seed: int, grid: Grid) -> Shot:
+    return Shot(prompt, seed, grid.steps, grid.guidance_scale)
+
+
+def draw_for_score(
+    parts: Parts, sitter: Sitter, grid: Grid, out: Path, side: int | None, device: str
+) -> Path:
+    """The manifest of a model's pictures and the subject's photos, in ``out``; goes on where it was
+    interrupted.
+
+    Raises:
+        UsageError: ``out`` is for another model or grid.
+    """
+    facts = facts_of(parts, sitter, grid, side)
+    with locked(out):
+        occupy(out, facts, "score", "pictures of another model or other settings")
+        listed = list(orders(sitter, grid, sitter.identifier))
+        draw_missing(parts, listed, out, side, device)
+        write_manifest(out, sitter, listed)
+    return out / MANIFEST
+
+
+def facts_of(parts: Parts, sitter: Sitter, grid: Grid, side: int | None) -> dict[str, Any]:
+    from bksdm_tune.artifacts import sha256_file
+
+    return {
+        "model": hash_parts(parts) | {"adapter": parts.adapter and sha256_file(parts.adapter)},
+        "subject": [sitter.subject_id, sitter.class_noun, sitter.identifier],
+        "photos": [photo.sha256 for photo in sitter.photos.photos],
+        "grid": asdict(grid),
+        "side": side,
+    }
+
+
+def draw_missing(
+    parts: Parts, listed: list[Order], out: Path, side: int | None, device: str
+) -> None:
+    absent = [order for order in listed if not (out / order.row.path).is_file()]
+    if not absent:
+        return
+    pipe = load_pipeline(parts, device)
+    size = CHUNK if (side or native_resolution(parts)) > 128 else 2 * CHUNK
+    for start in range(0, len(absent), 4 * size):
+        part = absent[start : start + 4 * size]
+        title = f"pictures {start + 1} to {start + len(part)} of {len(absent)}"
+        pictures = draw(pipe, [order.shot for order in part], size, side, title)
+        for picture, order in zip(pictures, part, strict=True):
+            path = out / order.row.path
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_png(path, picture, order.shot, model=parts.name)
+
+
+def write_manifest(out: Path, sitter: Sitter, listed: list[Order]) -> None:
+    rows: list[Row] = []
+    for photo in sitter.photos.photos:
+        place = Path("references") / sitter.subject_id / photo.path.name
+        link(photo.path, out / place)
+        rows.append(Reference(sitter.subject_id, place.as_posix()))
+    write_rows(out / MANIFEST, rows + [order.row for order in listed])
+
+
+def link(source: Path, target: Path) -> None:
+    """A hard link where the disk allows it, else a copy."""
+    if target.exists():
+        return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def draw_floor(
+    parts: Parts, sitter: Sitter, grid: Grid, out: Path, side: int | None, device: str
+) -> Path:
+    """The manifest of what the untuned backbone draws for the prompts without the identifier.
+
+    Drawn once for all subjects of a class, in the cache.
+    """
+    plain = replace(parts, adapter=None)
+    listed = list(orders(sitter, replace(grid, class_images=0), NO_IDENTIFIER))
+    facts = {
+        "backbone": hash_parts(plain),
+        "class_noun": sitter.class_noun,
+        "grid": asdict(replace(grid, class_images=0)),
+        "side": side,
+    }
+    common = replace(sitter, subject_id="any")
+
+    def make(folder: Path) -> None:
+        draw_missing(
+            plain, list(orders(common, replace(grid, class_images=0), "")), folder, side, device
+        )
+
+    folder = cached("floor", facts, make)
+    for order in listed:
+        link(
+            folder / order.row.path.replace(f"/{sitter.subject_id}/", "/any/"), out / order.row.path
+        )
+    write_manifest(out, sitter, listed)
+    return out / MANIFEST

@@ -1,0 +1,270 @@
+"""The list of pictures that a score is computed from: JSONL, a picture a line, paths beside it.
+
+Roles: ``reference`` (the subject's photos), ``generated``, ``class_prior`` (the plain class, after
+tuning).  Whoever made the pictures, this is all that the scorer knows of them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, ClassVar
+
+from bksdm_tune.artifacts import write_text_atomic
+from bksdm_tune.errors import DataError
+from subjects.catalogue import fill
+
+GROUPS = ("object", "live")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One picture; ``path`` is relative to the manifest's folder, with forward slashes."""
+
+    role: ClassVar[str]
+    subject_id: str
+    path: str
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Sorts the rows of a role; two rows of one key are one too many."""
+        return (self.subject_id, self.path)
+
+
+@dataclass(frozen=True)
+class Reference(Row):
+    """A photo of the subject."""
+
+    role: ClassVar[str] = "reference"
+
+
+@dataclass(frozen=True)
+class Generated(Row):
+    """A picture drawn for a prompt; the template as in DreamBooth: ``a {0} {1} in the snow``."""
+
+    role: ClassVar[str] = "generated"
+    prompt_id: str
+    prompt_template: str
+    class_noun: str
+    identifier: str
+    group: str
+    seed: int
+    sample_idx: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.subject_id, self.prompt_id, self.seed, self.sample_idx)
+
+    @property
+    def clip_text(self) -> str:
+        """What the picture is held against: the prompt without the identifier."""
+        return fill(self.prompt_template, "", self.class_noun)
+
+
+@dataclass(frozen=True)
+class ClassPrior(Row):
+    """A picture of the plain class, drawn by the tuned model."""
+
+    role: ClassVar[str] = "class_prior"
+    class_noun: str
+    seed: int
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        return (self.subject_id, self.class_noun, self.seed)
+
+
+KINDS: dict[str, type[Row]] = {kind.role: kind for kind in (Reference, Generated, ClassPrior)}
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The rows of a manifest, sorted, and what is missing of them."""
+
+    folder: Path
+    references: tuple[Reference, ...]
+    generated: tuple[Generated, ...]
+    class_prior: tuple[ClassPrior, ...]
+    missing: tuple[str, ...] = ()
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        return (*self.references, *self.generated, *self.class_prior)
+
+    @property
+    def subjects(self) -> list[str]:
+        return sorted({row.subject_id for row in self.generated})
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    lines = [json.dumps({"role": row.role} | asdict(row), sort_keys=True) for row in rows]
+    write_text_atomic(path, "\n".join(lines) + "\n")
+
+
+def read_pictures(path: Path, check: Callable[[Path], object]) -> Pictures:
+    """All rows of a manifest, each picture looked at with ``check``, which raises DataError.
+
+    Pictures that are not there or not whole, and cells without pictures, become ``missing``;
+    missing photos do not, since every score rests on them.
+
+    Raises:
+        DataError: one report of every bad line, with its number.
+    """
+    numbered, problems = _parse(path)
+    problems += _duplicates(numbered)
+    kept: list[Row] = []
+    missing: list[str] = []
+    for number, row in numbered:
+        if _outside(path.parent, row.path):
+            problems.append(f"line {number}: {row.path} leads out of the manifest's folder")
+        elif fault := _fault(path.parent / row.path, check):
+            place = problems if isinstance(row, Reference) else missing
+            place.append(f"line {number}: {fault}")
+        else:
+            kept.append(row)
+    problems += _subjects(numbered)
+    if problems:
+        shown = "\n  ".join(problems)
+        raise DataError(f"{path} has {len(problems)} faults:\n  {shown}")
+    of = {role: sorted((r for r in kept if r.role == role), key=lambda r: r.key) for role in KINDS}
+    missing += _holes([row for _, row in numbered])
+    return Pictures(
+        path.parent,
+        tuple(of["reference"]),  # type: ignore[arg-type]
+        tuple(of["generated"]),  # type: ignore[arg-type]
+        tuple(of["class_prior"]),  # type: ignore[arg-type]
+        tuple(missing),
+    )
+
+
+def _parse(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}") from None
+    rows, problems = [], []
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append((number, parse_row(json.loads(line))))
+        except (json.JSONDecodeError, DataError) as error:
+            problems.append(f"line {number}: {error}")
+    return rows, problems
+
+
+def parse_row(facts: Any) -> Row:
+    """
+    Raises:
+        DataError: what is wrong with it.
+    """
+    if not isinstance(facts, dict):
+        raise DataError("is no JSON object")
+    kind = KINDS.get(facts.get("role", ""))
+    if kind is None:
+        raise DataError(f"role is {facts.get('role')!r}, not one of {', '.join(KINDS)}")
+    values = {name: value for name, value in facts.items() if name != "role"}
+    wanted = {field.name: field for field in fields(kind)}
+    if unknown := sorted(values.keys() - wanted.keys()):
+        raise DataError(f"a {kind.role} row has no field {', '.join(unknown)}")
+    if lacking := [n for n, f in wanted.items() if n not in values and f.default is MISSING]:
+        raise DataError(f"a {kind.role} row needs {', '.join(lacking)}")
+    for name, value in values.items():
+        _check_value(name, value, str(wanted[name].type))
+    return kind(**values)
+
+
+def _check_value(name: str, value: Any, kind: str) -> None:
+    if type(value).__name__ != kind:
+        raise DataError(f"{name} is {value!r}; it must be {'a text' if kind == 'str' else kind}")
+    if name == "group" and value not in GROUPS:
+        raise DataError(f"group is {value!r}, not one of {', '.join(GROUPS)}")
+    if name in ("subject_id", "path", "prompt_id", "class_noun") and not value.strip():
+        raise DataError(f"{name} is empty")
+    if name == "prompt_template":
+        try:
+            value.format("", "")
+        except (IndexError, KeyError, ValueError):
+            raise DataError(
+                f"prompt_template {value!r} is none: {{0}} is the identifier, {{1}} the class noun"
+            ) from None
+        if "{1}" not in value:
+            raise DataError(f"prompt_template {value!r} does not name the class noun, {{1}}")
+
+
+def _duplicates(numbered: list[tuple[int, Row]]) -> list[str]:
+    first: dict[tuple[Any, ...], int] = {}
+    problems = []
+    for number, row in numbered:
+        key = (row.role, *row.key)
+        if key in first:
+            same = ", ".join(map(str, row.key))
+            problems.append(f"line {number}: the same {row.role} as line {first[key]} ({same})")
+        first.setdefault(key, number)
+    return problems
+
+
+def _outside(folder: Path, path: str) -> bool:
+    return Path(path).is_absolute() or not (folder / path).resolve().is_relative_to(
+        folder.resolve()
+    )
+
+
+def _fault(path: Path, check: Callable[[Path], object]) -> str | None:
+    if not path.is_file():
+        return f"{path} is not there"
+    try:
+        check(path)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def _subjects(numbered: list[tuple[int, Row]]) -> list[str]:
+    rows = [row for _, row in numbered]
+    known = {row.subject_id for row in rows if isinstance(row, Reference)}
+    problems, told = [], set()
+    facts: dict[str, tuple[str, str]] = {}
+    templates: dict[tuple[str, str], str] = {}
+    for number, row in numbered:
+        name = row.subject_id
+        if name not in known and name not in told:
+            told.add(name)
+            problems.append(f"line {number}: subject {name} has no reference photo")
+        if isinstance(row, Generated):
+            mine = (row.class_noun, row.group)
+            if facts.setdefault(name, mine) != mine:
+                problems.append(
+                    f"line {number}: {name} is {', '.join(mine)} here and {', '.join(facts[name])} "
+                    "above"
+                )
+            place = (row.group, row.prompt_id)
+            if templates.setdefault(place, row.prompt_template) != row.prompt_template:
+                problems.append(
+                    f"line {number}: prompt {row.prompt_id} is {row.prompt_template!r} here and "
+                    f"{templates[place]!r} above"
+                )
+    if not any(isinstance(row, Generated) for row in rows):
+        problems.append("there is no generated row: nothing to score")
+    return problems
+
+
+def _holes(rows: list[Row]) -> list[str]:
+    """Cells with fewer pictures than the others: every subject has every prompt of its group."""
+    generated = [row for row in rows if isinstance(row, Generated)]
+    count = Counter((row.subject_id, row.prompt_id) for row in generated)
+    prompts: dict[str, set[str]] = defaultdict(set)
+    groups = {row.subject_id: row.group for row in generated}
+    for row in generated:
+        prompts[row.group].add(row.prompt_id)
+    most = max(count.values(), default=0)
+    bare = sorted({row.subject_id for row in rows} - groups.keys())
+    return [f"subject {subject}: no generated picture" for subject in bare] + [
+        f"subject {subject}, prompt {prompt}: {count[subject, prompt]} of {most} pictures"
+        for subject, group in sorted(groups.items())
+        for prompt in sorted(prompts[group])
+        if count[subject, prompt] < most
+    ]

@@ -1,0 +1,201 @@
+"""A manifest of pictures -> scores: decode, encode each picture once, tabulate, sum up, write.
+
+``scores.json`` (``scores.schema.json`` beside this file), ``images.parquet`` and ``images.csv``
+with a row a picture, ``report.html``.  The order of the manifest's lines changes no byte of them.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from bksdm_tune.artifacts import content_key, sha256_file, versions, write_text_atomic
+from bksdm_tune.errors import DataError, ProtocolError
+from bksdm_tune.evaluate import subject_scores as scores
+from bksdm_tune.evaluate.manifest import Pictures, read_pictures
+from bksdm_tune.evaluate.protocols import Judges
+from bksdm_tune.evaluate.report import write_report
+from bksdm_tune.evaluate.results import (
+    IMAGES,
+    SCORES,
+    SCORES_SCHEMA,
+    SUBJECTS,
+    read_results,
+)
+from bksdm_tune.evaluate.subject_scores import MEASURES, Table
+from subjects.photos import open_photo
+
+BLACK = 8  # of 255: no channel of any pixel is lighter
+Space = dict[str, NDArray[Any]]
+
+
+def score(
+    manifest: Path,
+    judges: Judges,
+    out: Path,
+    name: str,
+    batch_size: int = 32,
+    partial: bool = False,
+    floor: Path | None = None,
+    device: str = "cpu",
+) -> dict[str, Any]:
+    """Score and write; the content of ``scores.json``.
+
+    Args:
+        partial: score what is there, and list what is not; else that is an error.
+        floor: scores of the untuned backbone's pictures, by the same protocol.
+
+    Raises:
+        DataError: every fault of the manifest and its pictures; nothing was written.
+        ProtocolError: the floor was scored in another way.
+    """
+    facts: dict[str, dict[str, Any]] = {}
+
+    def look(path: Path) -> None:
+        pixels = np.asarray(open_photo(path))
+        name = path.relative_to(manifest.parent).as_posix()
+        facts[name] = {"sha256": sha256_file(path), "black": bool(pixels.max() <= BLACK)}
+
+    pictures = read_pictures(manifest, look)
+    if pictures.missing and not partial:
+        shown = "\n  ".join(pictures.missing)
+        raise DataError(
+            f"{len(pictures.missing)} pictures or cells of {manifest} are missing:\n  {shown}\n"
+            "Draw them, or score what is there with --on-missing partial."
+        )
+    dino, clip = encode(pictures, judges, batch_size, device)
+    texts = encode_texts(judges, sorted({row.clip_text for row in pictures.generated}))
+    rows = scores.table(pictures, dino, clip, texts, facts, diversity(pictures, judges))
+    result = summarise(rows, judges, name, pictures, read_floor(floor, judges))
+    write(out, rows, result, pictures.folder)
+    return result
+
+
+@torch.inference_mode()
+def encode(pictures: Pictures, judges: Judges, batch_size: int, device: str) -> tuple[Space, Space]:
+    """DINO and CLIP features of every file, decoded once for both: path -> unit row."""
+    paths = sorted({row.path for row in pictures.rows})
+    found: tuple[Space, Space] = {}, {}
+    for start in tqdm(range(0, len(paths), batch_size), "encoding", unit="batch", disable=None):
+        part = paths[start : start + batch_size]
+        images = [open_photo(pictures.folder / path) for path in part]
+        for encoder, space in zip((judges.dino, judges.clip), found, strict=True):
+            batch = np.stack([encoder.prepare(image) for image in images])
+            features = encoder.images(torch.from_numpy(batch).to(device)).float().cpu().numpy()
+            space.update(zip(part, scores.unit(features), strict=True))
+    return found
+
+
+@torch.inference_mode()
+def encode_texts(judges: Judges, texts: list[str]) -> Space:
+    assert judges.clip.texts is not None
+    features = judges.clip.texts(texts).float().cpu().numpy()
+    return dict(zip(texts, scores.unit(features), strict=True))
+
+
+def diversity(pictures: Pictures, judges: Judges) -> dict[str, float]:
+    """Path -> mean LPIPS to the other pictures of its prompt; empty without the network."""
+    if judges.lpips is None:
+        return {}
+    cells: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for row in pictures.generated:
+        cells[row.subject_id, row.prompt_id].append(row.path)
+    found: dict[str, float] = {}
+    for paths in tqdm(cells.values(), "LPIPS", unit="prompt", disable=None):
+        if len(paths) > 1:
+            values = judges.lpips.to_the_others([pictures.folder / path for path in paths])
+            found |= dict(zip(paths, values.tolist(), strict=True))
+    return found
+
+
+def read_floor(path: Path | None, judges: Judges) -> dict[str, Any] | None:
+    if path is None:
+        return None
+    result = read_results(path)
+    if result["kind"] != SUBJECTS or result["fingerprint"] != content_key(judges.facts):
+        raise ProtocolError(
+            f"--floor {path} was scored by another protocol. Score those pictures with these flags."
+        )
+    return result
+
+
+def summarise(
+    rows: Table, judges: Judges, name: str, pictures: Pictures, floor: dict[str, Any] | None
+) -> dict[str, Any]:
+    """All of ``scores.json``."""
+    subjects = pictures.subjects
+    if floor is not None and sorted(floor["per_subject"]) != subjects:
+        raise ProtocolError("--floor is of other subjects than these pictures.")
+    typed = scores.with_types(rows)
+    generated = [row for row in rows if row["role"] == "generated"]
+    metrics = {
+        metric: scores.with_floor(
+            scores.summary(rows, metric, judges.no_lpips if metric == "div" else None),
+            floor["metrics"][metric]["macro"] if floor else None,
+        )
+        for metric in MEASURES
+    }
+    drawn = tuple(m for m in MEASURES if MEASURES[m].role == "generated")
+    return {
+        "schema": SCORES_SCHEMA,
+        "kind": SUBJECTS,
+        "name": name,
+        "protocol": judges.facts,
+        "fingerprint": content_key(judges.facts),
+        "complete": not pictures.missing,
+        "counts": {
+            "subjects": len(subjects),
+            "references": len(pictures.references),
+            "generated": len(generated),
+            "class_prior": len(pictures.class_prior),
+            "cells": len({(row["subject_id"], row["prompt_id"]) for row in generated}),
+            "black": sum(bool(row["black"]) for row in generated),
+            "copied": sum(row["copied"] for row in generated),
+        },
+        "metrics": metrics,
+        "per_subject": per_subject(rows, scores.per(rows, ["subject_id"], drawn)),
+        "per_prompt": scores.per(rows, ["group", "prompt_id"], drawn),
+        "per_type": scores.per(typed, ["type"], drawn),
+        "per_group": scores.per(rows, ["group"], drawn),
+        "exclusions": list(pictures.missing),
+        "versions": versions(),
+    }
+
+
+def per_subject(rows: Table, found: dict[str, Any]) -> dict[str, Any]:
+    prior = scores.by_subject(scores.rows_of(rows, "pres"), "pres")
+    of = {row["subject_id"]: row for row in rows if row["role"] == "generated"}
+    return {
+        subject: metrics
+        | {"pres": prior.get(subject), "group": of[subject]["group"]}
+        | {"class_noun": of[subject]["class_noun"], "references": of[subject]["references"]}
+        for subject, metrics in found.items()
+    }
+
+
+def write(out: Path, rows: Table, result: dict[str, Any], folder: Path) -> None:
+    """All files; ``scores.json`` last."""
+    import pyarrow
+    import pyarrow.parquet
+
+    out.mkdir(parents=True, exist_ok=True)
+    (out / SCORES).unlink(missing_ok=True)
+    (out / "errors.txt").unlink(missing_ok=True)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / IMAGES)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, scores.COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text_atomic((out / IMAGES).with_suffix(".csv"), text.getvalue())
+    write_report(out / "report.html", rows, result, folder)
+    written = json.dumps(result, indent=2, sort_keys=True, allow_nan=False)
+    write_text_atomic(out / SCORES, written + "\n")
