@@ -71,12 +71,11 @@ def training_scheduler(config: dict[str, Any]) -> DDPMScheduler:
     return scheduler
 
 
-def crop(image: Image.Image, side: int, short: int | None = None) -> np.ndarray:
-    """RGB picture -> short side ``short`` (None: ``side``; bicubic), centre crop; uint8 HWC."""
-    short = short or side
+def crop(image: Image.Image, side: int) -> np.ndarray:
+    """RGB picture -> short side ``side`` (bicubic), centre crop; uint8 HWC."""
     width, height = image.size
-    scale = short / min(width, height)
-    size = (max(short, round(width * scale)), max(short, round(height * scale)))
+    scale = side / min(width, height)
+    size = (max(side, round(width * scale)), max(side, round(height * scale)))
     image = image.resize(size, Image.Resampling.BICUBIC)
     left, top = (size[0] - side) // 2, (size[1] - side) // 2
     return np.array(image.crop((left, top, left + side, top + side)))

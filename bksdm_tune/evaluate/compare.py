@@ -171,9 +171,8 @@ def main(argv: list[str]) -> int:
     if config.json:
         print(json.dumps(report, indent=2, sort_keys=True))
         return 0
-    print(
-        "| metric | A | B | B - A | 95 % interval | p (Holm) | better |\n|---|---|---|---|---|---|---|"
-    )
+    print("| metric | A | B | B - A | 95 % interval | p (Holm) | better |")
+    print("|---|---|---|---|---|---|---|")
     for name, entry in report.items():
         interval, p = entry["ci95"], entry.get("p_holm")
         bounds = f"{interval[0]:+.4g} to {interval[1]:+.4g}" if interval else ""

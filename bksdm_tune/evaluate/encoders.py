@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bksdm_tune.artifacts import content_key, sha256_file
-from bksdm_tune.diffusion import crop, tokenise
+from bksdm_tune.diffusion import tokenise
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.pocket import encoder as pocket_folder
 from bksdm_tune.resolve import read_json
@@ -63,10 +63,16 @@ def resized(side: int, way: Image.Resampling) -> Callable[[Image.Image], NDArray
 
 
 def centred(side: int, resize: int) -> Callable[[Image.Image], NDArray[np.uint8]]:
-    """Short side to ``resize`` (bicubic), centre crop of ``side``, in PIL."""
+    """Short side to ``resize`` (bicubic), centre crop of ``side``, in PIL; the long side rounded
+    down and the margin to even, as DINO's and CLIP's own evaluations have it (torchvision)."""
 
     def prepare(image: Image.Image) -> NDArray[np.uint8]:
-        return crop(image.convert("RGB"), side, resize)
+        width, height = image.size
+        short = min(width, height)
+        size = (int(resize * width / short), int(resize * height / short))
+        image = image.convert("RGB").resize(size, Image.Resampling.BICUBIC)
+        left, top = (round((length - side) / 2) for length in size)
+        return np.array(image.crop((left, top, left + side, top + side)))
 
     return prepare
 

@@ -1,0 +1,283 @@
+"""Scores of subjects: equal to a naive scorer, and every fault of a manifest is one clear line."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pyarrow.parquet
+import pytest
+
+import scoring
+from bksdm_tune.cli import main
+from bksdm_tune.evaluate import subject_scores
+from bksdm_tune.evaluate.protocols import load_judges
+from bksdm_tune.evaluate.score import score
+
+METRICS = ("dino", "clip_i", "clip_t", "pres")
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return scoring.make_judges(tmp_path_factory.mktemp("judges"))
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory, judges: Any) -> dict[str, Any]:
+    """A manifest scored through the command line, and what the naive scorer finds."""
+    folder = tmp_path_factory.mktemp("world")
+    rows = scoring.make_rows(folder)
+    out = folder / "out"
+    assert main(command(scoring.write(folder, rows), judges, out)) == 0
+    naive = scoring.Naive(*judges).scores(folder, rows)
+    result = json.loads((out / "scores.json").read_text())
+    return {"folder": folder, "rows": rows, "out": out, "naive": naive, "result": result}
+
+
+def command(manifest: Path, judges: tuple[Path, Path], out: Path, *more: str) -> list[str]:
+    encoders = ["--dino", str(judges[0]), "--clip", str(judges[1])]
+    return ["score", "--manifest", str(manifest), "--out", str(out), *encoders, *more]
+
+
+def table(out: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = pyarrow.parquet.read_table(out / "images.parquet").to_pylist()
+    return rows
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> tuple[Path, list[dict[str, Any]]]:
+    """Pictures of one's own to spoil."""
+    return tmp_path, scoring.make_rows(tmp_path, photos=2, samples=1, prior=0)
+
+
+def test_every_picture_agrees_with_the_naive_scorer(world: dict[str, Any]) -> None:
+    found = {row["path"]: row for row in table(world["out"])}
+    assert len(world["naive"]) == 28  # 10 cells x 2 and 4 subjects x 2 of the class
+    for path, figures in world["naive"].items():
+        for name, value in figures.items():
+            assert found[path][name] == pytest.approx(value, abs=1e-4), (path, name)
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_means_agree_with_the_naive_scorer(world: dict[str, Any], name: str) -> None:
+    value = world["result"]["metrics"][name]["macro"]
+    assert value == pytest.approx(scoring.macro(world["rows"], world["naive"], name), abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [("order", "dino"), ("no crop", "dino"), ("mean and std", "dino"), ("substring", "dino"),
+     ("mean patch", "dino"), ("identifier", "clip_t")],
+)  # fmt: skip
+def test_the_agreement_shows_faults(
+    world: dict[str, Any], judges: tuple[Path, Path], fault: str, name: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The naive scorer with one fault no longer agrees, so the tests above could have failed."""
+    rows, folder = [dict(row) for row in world["rows"]], world["folder"]
+    naive = scoring.Naive(*judges)
+    if fault == "no crop":
+        sizes = scoring.transforms.Resize((224, 224))
+        monkeypatch.setattr(scoring.transforms, "CenterCrop", lambda side: sizes)
+    elif fault == "mean and std":
+        monkeypatch.setattr(scoring, "IMAGENET", ((0.5,) * 3, (0.5,) * 3))
+    elif fault == "mean patch":
+        vit = naive.vit
+
+        class Mean:
+            def __call__(self, pixel_values: Any) -> Any:
+                tokens = vit(pixel_values=pixel_values).last_hidden_state
+                tokens = tokens[:, 1:].mean(1, keepdim=True)
+                return type("Output", (), {"last_hidden_state": tokens})
+
+        naive.vit = Mean()
+    elif fault == "substring":
+        for row in rows:
+            if row["role"] == "reference" and "backpack" in row["subject_id"]:
+                rows = [*rows, row | {"subject_id": "backpack", "path": row["path"]}]
+    elif fault == "identifier":
+        for row in rows:
+            if row["role"] == "generated":
+                row["prompt_template"] = row["prompt_template"].replace("{0} ", "sks ")
+    found = naive.scores(folder, rows)
+    value = scoring.macro(rows, found, name)
+    if fault == "order":
+        value = float(np.mean([figures[name] for figures in found.values() if name in figures]))
+    assert abs(value - world["result"]["metrics"][name]["macro"]) > 5e-4
+
+
+def test_batch_size_does_not_matter(world: dict[str, Any], judges: Any, tmp_path: Path) -> None:
+    manifest = world["folder"] / "manifest.jsonl"
+    assert main(command(manifest, judges, tmp_path, "--batch-size", "1")) == 0
+    for one, other in zip(table(tmp_path), table(world["out"]), strict=True):
+        for name in METRICS:
+            if one[name] is not None:
+                assert one[name] == pytest.approx(other[name], abs=1e-5)
+
+
+def test_the_order_of_the_lines_changes_no_byte(world: dict[str, Any], judges: Any) -> None:
+    rows = list(world["rows"])
+    random.Random(0).shuffle(rows)
+    manifest = world["folder"] / "shuffled.jsonl"
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = world["folder"] / "other"
+    assert main(command(manifest, judges, out)) == 0
+    for name in ("scores.json", "images.csv", "report.html"):
+        assert (out / name).read_bytes() == (world["out"] / name).read_bytes()
+
+
+def test_the_result_follows_its_schema(world: dict[str, Any]) -> None:
+    schema = resources.files("bksdm_tune.evaluate").joinpath("scores.schema.json").read_text()
+    jsonschema.validate(world["result"], json.loads(schema))
+    assert world["result"]["protocol"]["name"] == "custom"
+    assert world["result"]["metrics"]["div"]["reason"].startswith("LPIPS's weights")
+    assert len(world["result"]["per_subject"]) == 4 and len(world["result"]["per_prompt"]) == 5
+
+
+def test_every_summary_follows_from_the_tables(world: dict[str, Any]) -> None:
+    rows = table(world["out"])
+    with open(world["out"] / "images.csv", newline="") as file:
+        texts = list(csv.DictReader(file))
+    assert len(texts) == len(rows) == 42
+    for name in METRICS:
+        again = subject_scores.summary(rows, name, None)
+        written = world["result"]["metrics"][name]
+        for key in ("macro", "image_mean", "pair_micro"):
+            assert again[key] == pytest.approx(written[key], abs=1e-12)
+        assert again["ci95"] == pytest.approx(written["ci95"], abs=1e-12)
+        assert again["ceiling"] == written["ceiling"]
+        column = [float(row[name]) for row in texts if row["role"] != "reference" and row[name]]
+        assert np.mean(column) == pytest.approx(written["image_mean"], abs=1e-12)
+
+
+def test_ceiling_with_and_without_self_pairs(world: dict[str, Any], judges: Any) -> None:
+    naive, without, within = scoring.Naive(*judges), [], []
+    for name in scoring.SUBJECTS:
+        rows = [r for r in world["rows"] if r["role"] == "reference" and r["subject_id"] == name]
+        features = [naive.dino(world["folder"] / row["path"]) for row in rows]
+        pairs = [
+            float(a @ b) for i, a in enumerate(features) for j, b in enumerate(features) if i != j
+        ]
+        without.append(np.mean(pairs))
+        within.append((sum(pairs) + len(features)) / len(features) ** 2)
+    found = world["result"]["metrics"]["dino"]["ceiling"]
+    assert found["without_self"] == pytest.approx(np.mean(without), abs=5e-5)
+    assert found["with_self"] == pytest.approx(np.mean(within), abs=5e-5)
+
+
+def test_the_report_opens_offline(world: dict[str, Any]) -> None:
+    text = (world["out"] / "report.html").read_text()
+    assert "<svg" in text and "backpack_dog" in text and "data:image/jpeg" in text
+    for word in ('src="http', 'href="http', "<script", "@import"):
+        assert word not in text
+
+
+FAULTS: dict[str, tuple[Any, str]] = {
+    "truncated": (lambda f, rows: cut(f / rows[0]["path"]), "photo0.png: is damaged or truncated"),
+    "duplicate": (lambda f, rows: rows.append(dict(rows[3])), "the same generated as line 4"),
+    "unknown field": (lambda f, rows: rows[3].update(colour="red"), "line 4: a generated row has"),
+    "lacking field": (lambda f, rows: rows[3].pop("seed"), "line 4: a generated row needs seed"),
+    "wrong type": (lambda f, rows: rows[3].update(seed="1"), "line 4: seed is '1'"),
+    "outside": (lambda f, rows: rows[3].update(path="../x.png"), "line 4: ../x.png leads out"),
+    "absolute": (lambda f, rows: rows[3].update(path="/x.png"), "line 4: /x.png leads out"),
+    "no photos": (lambda f, rows: rows.__delitem__(slice(0, 2)), "subject dog has no reference"),
+    "role": (lambda f, rows: rows[3].update(role="fake"), "line 4: role is 'fake', not one of"),
+    "group": (lambda f, rows: rows[3].update(group="toy"), "line 4: group is 'toy'"),
+    "template": (lambda f, rows: rows[3].update(prompt_template="a dog"), "class noun, {1}"),
+}  # fmt: skip
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:200])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_faults_are_one_line_each(
+    copy: Any, judges: Any, fault: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, rows = copy
+    spoil, message = FAULTS[fault]
+    spoil(folder, rows)
+    out = folder / "out"
+    assert main(command(scoring.write(folder, rows), judges, out)) == 3
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert [path.name for path in out.iterdir()] == ["errors.txt"]
+    assert message in (out / "errors.txt").read_text()
+
+
+def test_a_line_that_is_no_json(copy: Any, judges: Any, capsys: Any) -> None:
+    folder, rows = copy
+    manifest = scoring.write(folder, rows)
+    manifest.write_text(manifest.read_text() + "{half\n")
+    assert main(command(manifest, judges, folder / "out")) == 3
+    assert f"line {len(rows) + 1}: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("how", ["no row", "no file", "truncated"])
+def test_missing_pictures(copy: Any, judges: Any, how: str, capsys: Any) -> None:
+    """dog has three prompts, so one of ten cells is missing."""
+    folder, rows = copy
+    if how == "no row":
+        lost = rows.pop(3)
+    else:
+        lost = rows[3]
+        path = folder / lost["path"]
+        path.unlink() if how == "no file" else cut(path)
+    manifest, out = scoring.write(folder, rows), folder / "out"
+    assert main(command(manifest, judges, out)) == 3
+    assert "--on-missing partial" in capsys.readouterr().err
+    assert main(command(manifest, judges, out, "--on-missing", "partial")) == 4
+    result = json.loads((out / "scores.json").read_text())
+    assert not result["complete"] and len(result["exclusions"]) >= 1
+    assert result["counts"]["generated"] == 9
+    assert "dog, prompt p1: 0 of 1" in str(result["exclusions"]) or lost["path"] in str(
+        result["exclusions"]
+    )
+
+
+def test_black_and_copied_pictures_are_flagged(copy: Any, judges: Any) -> None:
+    folder, rows = copy
+    black, copied = folder / rows[2]["path"], folder / rows[3]["path"]
+    scoring.Image.new("RGB", (64, 64), (3, 2, 0)).save(black)
+    copied.write_bytes((folder / rows[0]["path"]).read_bytes())
+    score(
+        scoring.write(folder, rows), load_judges(None, *map(str, judges), "cpu"), folder / "o", "x"
+    )
+    found = {row["path"]: row for row in table(folder / "o")}
+    assert [p for p, row in found.items() if row["black"]] == [rows[2]["path"]]
+    assert found[rows[3]["path"]]["copied"] and found[rows[3]["path"]]["nearest"] > 0.9999
+
+
+def test_one_subject_has_no_interval(copy: Any, judges: Any) -> None:
+    folder, rows = copy
+    mine = [row for row in rows if row["subject_id"] == "dog"]
+    assert main(command(scoring.write(folder, mine), judges, folder / "out")) == 0
+    metric = json.loads((folder / "out/scores.json").read_text())["metrics"]["dino"]
+    assert metric["ci95"] is None and "one subject" in metric["ci95_reason"]
+
+
+def test_a_floor_normalises(world: dict[str, Any], judges: Any, tmp_path: Path) -> None:
+    """Against its own scores as the floor everything is 0; against less it lies between."""
+    manifest = world["folder"] / "manifest.jsonl"
+    assert main(command(manifest, judges, tmp_path, "--floor", str(world["out"]))) == 0
+    metric = json.loads((tmp_path / "scores.json").read_text())["metrics"]["dino"]
+    assert metric["normalised"] == 0 and metric["floor"] == metric["macro"]
+
+
+def test_what_to_score_is_said_once(capsys: Any) -> None:
+    for words in (["score"], ["score", "x", "--manifest", "y"]):
+        with pytest.raises(SystemExit) as ended:
+            main(words)
+        assert ended.value.code == 2 and "Say what to score" in capsys.readouterr().err
+
+
+def test_a_manifest_that_is_not_there(tmp_path: Path, capsys: Any) -> None:
+    assert main(["score", "--manifest", "nowhere.jsonl", "--out", str(tmp_path)]) == 3
+    assert "nowhere.jsonl is not there" in capsys.readouterr().err
