@@ -23,7 +23,7 @@ from bksdm_tune.artifacts import content_key, sha256_file
 from bksdm_tune.diffusion import tokenise
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.pocket import encoder as pocket_folder
-from bksdm_tune.resolve import read_json
+from bksdm_tune.resolve import HUB_ID, read_json
 from subjects.photos import open_photo
 
 POCKET_SIDE = 64
@@ -285,6 +285,8 @@ def _hub_model(source: str) -> Path:
     from huggingface_hub import snapshot_download
 
     name, _, revision = source.partition("@")
+    if not HUB_ID.fullmatch(name):
+        raise DataError(f"{source} cannot be loaded: it is no folder and no Hub id (user/name).")
     wanted: dict[str, Any] = {
         "allow_patterns": ["config.json", "*.safetensors"],
         "revision": revision or None,
