@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import nn
 
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.precision import at_least_single
 
 FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
@@ -47,7 +48,8 @@ class Provenance:
 def inject(
     model: Any, rank: int, alpha: float, dropout: float, targets: tuple[str, ...]
 ) -> list[nn.Parameter]:
-    """Add a LoRA to a U-Net or text encoder; return its parameters, float32, the only ones trained.
+    """Add a LoRA to a U-Net or text encoder; return its parameters, the only ones trained, in
+    float32 or more.
 
     Raises:
         UsageError: a target matches no module of the model.
@@ -70,7 +72,7 @@ def inject(
     model.add_adapter(config, adapter_name=ADAPTER_NAME)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
-        parameter.data = parameter.data.float()
+        parameter.data = at_least_single(parameter.data)
     return parameters
 
 

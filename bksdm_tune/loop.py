@@ -39,6 +39,8 @@ from bksdm_tune.precision import at_least_single, autocast, choose
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
 Tracker = Callable[[int, dict[str, float]], None]
+Clip = Callable[[list[torch.nn.Parameter], float], torch.Tensor]
+"""Scales gradients in place to a norm of at most so much; gives the norm before."""
 
 
 class Objective(Protocol):
@@ -175,6 +177,7 @@ def fit(
     events: tuple[Event, ...] = (),
     title: str = "training",
     trackers: tuple[Tracker, ...] = (),
+    clip: Clip = torch.nn.utils.clip_grad_norm_,
 ) -> None:
     """Train until ``settings.steps``, resuming from the newest checkpoint in ``folder``.
 
@@ -243,7 +246,7 @@ def fit(
                     totals[name] = totals[name] + share if name in totals else share
             processes.average_gradients(parameters)
             scaler.unscale_(optimiser)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.max_grad_norm)
+            norm = clip(parameters, settings.max_grad_norm)
             asked = norm.new_tensor(float(interrupted()))
             facts = processes.mean(torch.stack([*totals.values(), norm, asked]))
             *values, length, stop = facts.tolist()  # the only wait for the device in a step

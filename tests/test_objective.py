@@ -34,8 +34,10 @@ def embeddings() -> tuple[Tensor, Tensor]:
 
 
 def frozen_unet(unet: Any) -> Any:
+    kind = embeddings()[1]
+
     @torch.no_grad()
-    def predict(noisy: Tensor, timesteps: Tensor, kind: Tensor) -> Tensor:
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         return unet(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
 
     return predict
@@ -87,14 +89,14 @@ def test_losses(prior: str, size: int, gamma: float | None, prediction_type: str
         unet=unet,
         noising=noising(prediction_type),
         scaling_factor=SCALE,
-        conditions=embeddings,
+        conditions=lambda: [embeddings()],
         untuned=frozen_unet(untuned) if prior == "prediction" else None,
         prior_weight=WEIGHT,
         min_snr_gamma=gamma,
     )
     others = moments(2 * size, 2) if prior == "images" else None
     torch.manual_seed(4)
-    losses = objective((moments(size, 1), others))
+    losses = objective([(moments(size, 1), others)])
 
     reference = Reference(unet, prediction_type, gamma)
     torch.manual_seed(4)
@@ -104,7 +106,7 @@ def test_losses(prior: str, size: int, gamma: float | None, prediction_type: str
     if prior == "images":
         expected["prior"] = mean([reference.error(r, kind, r[2]) for r in rows[size:]])
     if prior == "prediction":
-        old = [frozen_unet(untuned)(r[0][None], r[1], kind)[0] for r in rows]
+        old = [frozen_unet(untuned)(r[0][None], r[1])[0] for r in rows]
         pairs = zip(rows, old, strict=True)
         expected["prior"] = mean([reference.error(r, kind, o) for r, o in pairs])
     expected["loss"] = expected["instance"] + WEIGHT * expected.get("prior", 0.0)
@@ -139,12 +141,14 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
     unet, encoder, lora = tuned(size, text, checkpointing)
     ids = tokenise(tiny.make_tokenizer(), ["a xyz dog", "a dog"])
 
-    def conditions() -> tuple[Tensor, Tensor]:
+    def conditions() -> list[tuple[Tensor, Tensor]]:
         both = embed(encoder, ids)
-        return both[:1], both[1:]
+        return [(both[:1], both[1:])]
+
+    kind = embeddings()[1]
 
     @torch.no_grad()
-    def untuned(noisy: Tensor, timesteps: Tensor, kind: Tensor) -> Tensor:
+    def untuned(noisy: Tensor, timesteps: Tensor) -> Tensor:
         with switched_off(unet):
             return unet(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
 
@@ -154,7 +158,7 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
     torch.manual_seed(7)
     # The mid block of an 8x8 latent attends to its one position: no gradient for q and k.
     batch = (moments(1, 1, side=16), moments(1, 2, side=16) if prior == "images" else None)
-    objective(batch)["loss"].backward()
+    objective([batch])["loss"].backward()
     trained = list(unet.parameters()) + list(encoder.parameters())
     assert len(lora) == sum(parameter.requires_grad for parameter in trained)
     assert all(parameter.dtype == torch.float32 for parameter in lora.values())

@@ -52,7 +52,7 @@ The backbone is {backbone}: {shape}. {adapter_note}
 | prior preservation | {prior}, weight {weight:g} |
 | text encoder | {text} |
 | trained parameters | {parameters:,} |
-| seconds, peak memory | {seconds:.0f} s, {memory:.2f} GB |
+| seconds, peak memory | {seconds:.0f} s{share}, {memory:.2f} GB |
 
 `config.toml` reproduces it: `bksdm-tune dreambooth --config config.toml --out NEW-FOLDER`.
 
@@ -99,5 +99,10 @@ def card(job: Job, results: dict[str, Any]) -> str:
         text="trained" if config.training.train_text_encoder else "frozen",
         parameters=results["trained_parameters"],
         seconds=results["seconds"],
+        share=share_of(results["trained_together"]),
         memory=results["peak_memory_gb"],
     )
+
+
+def share_of(together: int) -> str:
+    return f" (a share of {together} subjects trained together)" if together > 1 else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +31,7 @@ from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
 from bksdm_tune.precision import frozen_dtype
 from bksdm_tune.resolve import unet_config
+from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
 from subjects.photos import open_photo
 
@@ -42,7 +45,7 @@ class Learner:
     """Only where it trains."""
     objective: DreamBooth
     batches: Batches
-    trainable: LoraWeights | FullWeights
+    trainable: LoraWeights | FullWeights | StackedWeights
     embeds: dict[str, Tensor]
     """Prompt -> (1, tokens, width), from the untuned text encoder."""
 
@@ -77,34 +80,52 @@ def embed_prompts(job: Job, prompts: list[str]) -> dict[str, Tensor]:
         }
 
 
-def build(
-    job: Job, class_paths: list[Path], class_hashes: list[str], prompts: list[str]
-) -> Learner:
-    """Load models and data.  ``prompts``: what will be drawn, beside the two training prompts."""
+ClassPictures = tuple[list[Path], list[str]]
+"""Files of class images and their hashes; none unless the prior is made of them."""
+
+
+def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[str]) -> Learner:
+    """Load models and data of one job, or of many that differ in their subjects only, stacked.
+
+    ``prompts``: what will be drawn, beside the training prompts.
+    """
+    job = jobs[0]  # stands for all where they are alike
     config = job.config
     assert config.prior.prior_weight is not None
     torch.manual_seed(config.training.seed)
-    photos = job.photos.photos
-    instance = moments_of(job, [p.path for p in photos], [p.sha256 for p in photos])
-    others = moments_of(job, class_paths, class_hashes) if class_paths else None
-    embeds = embed_prompts(job, [job.instance_prompt, job.class_prompt, *prompts])
+    data = [moments(one, pictures) for one, pictures in zip(jobs, class_pictures, strict=True)]
+    taught = [text for one in jobs for text in (one.instance_prompt, one.class_prompt)]
+    embeds = embed_prompts(job, [*taught, *prompts])
     unet = load_unet(job)
     text_encoder = load_part(job.parts, "text_encoder").to(job.device) if trains_text(job) else None
     before = copy.deepcopy(unet) if needs_copy(job) else unet
-    trainable = make_trainable(job, unet, text_encoder)
+    alone = make_trainable(job, unet, text_encoder)
+    trainable: LoraWeights | FullWeights | StackedWeights = alone
+    off: Callable[[], Any] = functools.partial(adapters.switched_off, unet)
+    if len(jobs) > 1:
+        models = [unet] if text_encoder is None else [unet, text_encoder]
+        trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
+        off = trainable.stack.switched_off
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
+    untuned = make_untuned(jobs, before, embeds, contextlib.nullcontext if needs_copy(job) else off)
     objective = DreamBooth(
         unet=unet,
         noising=Noising(scheduler, config.training.offset_noise),
         scaling_factor=scaling_factor(job.parts.root / "vae"),
-        conditions=make_conditions(job, text_encoder, embeds),
-        untuned=make_untuned(job, before, embeds) if config.prior.prior == "prediction" else None,
+        conditions=make_conditions(jobs, text_encoder, embeds),
+        untuned=untuned if config.prior.prior == "prediction" else None,
         prior_weight=config.prior.prior_weight,
         min_snr_gamma=config.training.min_snr_gamma,
     )
-    batches = make_batches(job, instance, others)
-    return Learner(unet, text_encoder, objective, batches, trainable, embeds)
+    return Learner(unet, text_encoder, objective, make_batches(job, data), trainable, embeds)
+
+
+def moments(job: Job, others: ClassPictures) -> tuple[Tensor, Tensor | None]:
+    """Latent moments of a job's photos and of its class images."""
+    photos = job.photos.photos
+    instance = moments_of(job, [p.path for p in photos], [p.sha256 for p in photos])
+    return instance, moments_of(job, *others) if others[0] else None
 
 
 def trains_text(job: Job) -> bool:
@@ -176,49 +197,58 @@ def checkpoint_layers(model: Any) -> None:
 
 
 def make_conditions(
-    job: Job, text_encoder: Any | None, embeds: dict[str, Tensor]
-) -> Callable[[], tuple[Tensor, Tensor]]:
+    jobs: list[Job], text_encoder: Any | None, embeds: dict[str, Tensor]
+) -> Callable[[], list[tuple[Tensor, Tensor]]]:
+    """Instance and class prompt embeddings of every job, from one pass of the text encoder."""
     if text_encoder is None:
-        fixed = embeds[job.instance_prompt], embeds[job.class_prompt]
+        fixed = [(embeds[job.instance_prompt], embeds[job.class_prompt]) for job in jobs]
         return lambda: fixed
-    ids = tokenise(load_part(job.parts, "tokenizer"), [job.instance_prompt, job.class_prompt])
+    prompts = [text for job in jobs for text in (job.instance_prompt, job.class_prompt)]
+    ids = tokenise(load_part(jobs[0].parts, "tokenizer"), prompts)
 
-    def encode() -> tuple[Tensor, Tensor]:
-        both = embed(text_encoder, ids)
-        return both[:1], both[1:]
+    def encode() -> list[tuple[Tensor, Tensor]]:
+        rows = embed(text_encoder, ids).split(1)
+        return list(zip(rows[::2], rows[1::2], strict=True))
 
     return encode
 
 
-def make_untuned(job: Job, unet: Any, embeds: dict[str, Tensor]) -> Predict:
-    """eps_0: the frozen copy, or the U-Net with its adapter switched off."""
-    unet_is_copy = needs_copy(job)
-    if unet_is_copy:
-        unet.to(frozen_dtype(job.config.training.precision, job.device)).requires_grad_(False)
-    own = embeds[job.class_prompt]
+def make_untuned(
+    jobs: list[Job], unet: Any, embeds: dict[str, Tensor], off: Callable[[], Any]
+) -> Predict:
+    """eps_0: the frozen copy, or the U-Net under ``off``; each job has an equal share of rows."""
+    dtype = None
+    if needs_copy(jobs[0]):
+        dtype = frozen_dtype(jobs[0].config.training.precision, jobs[0].device)
+        unet.to(dtype).requires_grad_(False)
+    prompts = torch.cat([embeds[job.class_prompt] for job in jobs])
 
     @torch.no_grad()
-    def predict(noisy: Tensor, timesteps: Tensor, _: Tensor) -> Tensor:
-        prompts = own.expand(len(noisy), -1, -1)
-        if unet_is_copy:
-            dtype = unet.dtype
-            return unet(noisy.to(dtype), timesteps, prompts.to(dtype)).sample
-        with adapters.switched_off(unet):
-            return unet(noisy, timesteps, prompts).sample
+    def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        text = prompts.repeat_interleave(len(noisy) // len(prompts), 0)
+        with off():
+            return unet(
+                noisy.to(dtype or noisy.dtype), timesteps, text.to(dtype or text.dtype)
+            ).sample
 
     return predict
 
 
-def make_batches(job: Job, instance: Tensor, others: Tensor | None) -> Batches:
+def make_batches(job: Job, data: list[tuple[Tensor, Tensor | None]]) -> Batches:
+    """A list of batches, one a subject, each in the order it would have alone."""
     size, seed = job.config.training.batch_size, job.config.training.seed
     assert size is not None
-    instance = instance.to(job.device)
-    others = None if others is None else others.to(job.device)
+    there = [(a.to(job.device), None if b is None else b.to(job.device)) for a, b in data]
 
-    def batches(start: int) -> Iterator[Batch]:
+    def subject(start: int, instance: Tensor, others: Tensor | None) -> Iterator[Batch]:
         mine = shuffled(len(instance), size, seed)(start)
         theirs = shuffled(1 if others is None else len(others), size, seed + 1)(start)
         for a, b in zip(mine, theirs, strict=True):
             yield instance[a], None if others is None else others[b]
+
+    def batches(start: int) -> Iterator[list[Batch]]:
+        streams = [subject(start, *pair) for pair in there]
+        while True:
+            yield [next(stream) for stream in streams]
 
     return batches

@@ -16,48 +16,92 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bksdm_tune.diffusion import Noising, sample_latents
+from bksdm_tune.precision import at_least_single
 
-Predict = Callable[[Tensor, Tensor, Tensor], Tensor]
+Predict = Callable[[Tensor, Tensor], Tensor]
 Batch = tuple[Tensor, Tensor | None]
+Noised = tuple[Tensor, Tensor, Tensor]
+"""Noisy latents NCHW, timesteps (N,), targets NCHW."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What the U-Net is given, and what it should say: NCHW, (N,), (N, tokens, width), NCHW."""
+
+    noisy: Tensor
+    timesteps: Tensor
+    prompts: Tensor
+    target: Tensor
+
+    @staticmethod
+    def together(parts: list[Rows]) -> Rows:
+        names = ("noisy", "timesteps", "prompts", "target")
+        return Rows(*(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """Objective over batches of latent moments (N, 2, C, h, w): instance, class images or None.
+    """Objective over a batch a subject, of latent moments (N, 2, C, h, w): instance, class images
+    or None.  One subject, or many of a stacked model (bksdm_tune.stacked) in one forward: each has
+    the noise it would have alone, and the loss is their sum, whose gradients do not meet.
 
-    ``conditions()`` gives the instance and class prompt embeddings, each (1, tokens, width), with
-    gradients if the text encoder trains.  ``untuned(noisy, timesteps, kind)`` is eps_0 under the
-    class prompt, without gradients, for prior prediction; None without.
+    ``conditions()`` gives each subject's instance and class prompt embeddings, (1, tokens, width),
+    with gradients if the text encoder trains.  ``untuned(noisy, timesteps)`` is eps_0 under the
+    class prompts, without gradients, for prior prediction; None without.
     """
 
     unet: Any
     noising: Noising
     scaling_factor: float
-    conditions: Callable[[], tuple[Tensor, Tensor]]
+    conditions: Callable[[], list[tuple[Tensor, Tensor]]]
     untuned: Predict | None = None
     prior_weight: float = 1.0
     min_snr_gamma: float | None = None
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+    def __call__(self, batch: list[Batch]) -> dict[str, Tensor]:
+        noised = [self.draw(own) for own in batch]
+        sizes = [len(instance) for instance, _ in batch]
+        given = zip(noised, sizes, self.taught(noised), self.conditions(), strict=True)
+        parts = [self.rows(drawn, n, eps, *pair) for drawn, n, eps, pair in given]
+        rows = Rows.together(parts)
+        predicted = self.unet(rows.noisy, rows.timesteps, rows.prompts).sample
+        answers = zip(predicted.chunk(len(parts)), parts, sizes, strict=True)
+        losses = [self.weigh(answer, part, n) for answer, part, n in answers]
+        means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
+        return means | {"loss": torch.stack([loss["loss"] for loss in losses]).sum()}
+
+    def draw(self, batch: Batch) -> Noised:
+        """Noise a subject's pictures, with the global generator as it was seeded last."""
+        torch.manual_seed(torch.initial_seed())  # starts again from that seed
         instance, class_images = batch
         moments = instance if class_images is None else torch.cat([instance, class_images])
-        noisy, timesteps, target = self.noising(sample_latents(moments, self.scaling_factor))
-        subject, kind = self.conditions()
-        prompts = [subject] * len(instance) + [kind] * (len(moments) - len(instance))
-        if self.untuned is not None:
-            target = torch.cat([target, self.untuned(noisy, timesteps, kind).to(target.dtype)])
+        return self.noising(sample_latents(moments, self.scaling_factor))
+
+    def taught(self, noised: list[Noised]) -> tuple[Tensor | None, ...]:
+        """What eps_0 makes of the pictures, a part a subject."""
+        if self.untuned is None:
+            return (None,) * len(noised)
+        noisy, timesteps = (torch.cat([drawn[i] for drawn in noised]) for i in (0, 1))
+        return self.untuned(noisy, timesteps).chunk(len(noised))
+
+    def rows(
+        self, noised: Noised, n: int, taught: Tensor | None, subject: Tensor, kind: Tensor
+    ) -> Rows:
+        """A subject's ``n`` instances first, then the prior's rows."""
+        noisy, timesteps, target = noised
+        prompts = [subject] * n + [kind] * (len(noisy) - n)
+        if taught is not None:
+            target = torch.cat([target, taught.to(target.dtype)])
             prompts += [kind] * len(noisy)
             noisy, timesteps = noisy.repeat(2, 1, 1, 1), timesteps.repeat(2)
-        predicted = self.unet(noisy, timesteps, torch.cat(prompts)).sample
-        return self.weigh(predicted, target, timesteps, len(instance))
+        return Rows(noisy, timesteps, torch.cat(prompts), target)
 
-    def weigh(
-        self, predicted: Tensor, target: Tensor, timesteps: Tensor, n: int
-    ) -> dict[str, Tensor]:
+    def weigh(self, predicted: Tensor, rows: Rows, n: int) -> dict[str, Tensor]:
         """Losses from predictions whose first ``n`` rows are instances, the others the prior's."""
-        errors = F.mse_loss(predicted.float(), target.float(), reduction="none").mean((1, 2, 3))
+        predicted, target = at_least_single(predicted), at_least_single(rows.target)
+        errors = F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
         if self.min_snr_gamma is not None:
-            errors = errors * self.noising.min_snr_weights(timesteps, self.min_snr_gamma)
+            errors = errors * self.noising.min_snr_weights(rows.timesteps, self.min_snr_gamma)
         losses = {"instance": errors[:n].mean()}
         if len(errors) > n:
             losses["prior"] = errors[n:].mean()

@@ -39,19 +39,21 @@ def train(job: Job) -> bool:
         if claim(job.folder, job.facts, job.config, job.kind, steps):
             return False
         started = time.perf_counter()
-        learner = load(job, *class_pictures(job))
+        learner = load([job])
         optimise(job, learner)
         finish(job, learner, time.perf_counter() - started)
     return True
 
 
-def class_pictures(job: Job) -> tuple[list[Path], list[str]]:
-    return pictures.class_images(job) if job.config.prior.prior == "images" else ([], [])
+def load(jobs: list[Job]) -> Learner:
+    """Models and data, with class images where the prior is made of them."""
+    images = jobs[0].config.prior.prior == "images"
+    prior = [pictures.class_images(job) if images else ([], []) for job in jobs]
+    return build(jobs, prior, shown(jobs))
 
 
-def load(job: Job, paths: list[Path], hashes: list[str]) -> Learner:
-    prompts = ["", *(shot.prompt for shot in pictures.preview_shots(job))]
-    return build(job, paths, hashes, prompts)
+def shown(jobs: list[Job]) -> list[str]:
+    return ["", *(shot.prompt for job in jobs for shot in pictures.preview_shots(job))]
 
 
 def optimise(job: Job, learner: Learner) -> None:
@@ -90,8 +92,11 @@ def draw_preview(job: Job, learner: Learner, step: int) -> None:
     pictures.preview(job, step, learner.unet, learner.text_encoder, learner.embeds)
 
 
-def finish(job: Job, learner: Learner, seconds: float) -> None:
-    """Write what diffusers loads, the pictures and the card; the manifest last."""
+def finish(job: Job, learner: Learner, seconds: float, together: int = 1) -> None:
+    """Write what diffusers loads, the pictures and the card; the manifest last.
+
+    ``seconds``: this subject's share, where ``together`` subjects were trained at once.
+    """
     folder = job.folder
     save_result(job, learner)
     trained = sum(p.numel() for g in learner.trainable.parameter_groups() for p in g["params"])
@@ -103,6 +108,7 @@ def finish(job: Job, learner: Learner, seconds: float) -> None:
         "shape": architecture.describe(config),
         "trained_parameters": trained,
         "seconds": round(seconds, 2),
+        "trained_together": together,
         "peak_memory_gb": round(peak_memory_gb(job.device), 3),
     }
     pictures.write_contact_sheet(job)
@@ -147,7 +153,8 @@ def dry_run(job: Job) -> str:
     assert training.steps
     look(job.folder, job.facts, "run", "another run")
     photos = job.photos.photos if job.config.prior.prior == "images" else ()
-    learner = load(job, [p.path for p in photos], [p.sha256 for p in photos])
+    stand_in = [p.path for p in photos], [p.sha256 for p in photos]
+    learner = build([job], [stand_in], shown([job]))
     groups = learner.trainable.parameter_groups()
     optimiser, _, ema = make_all(training, groups)
     precision, batch = choose(training.precision, job.device), next(learner.batches(0))

@@ -119,9 +119,9 @@ def compare_subjects(
     intervals from subjects and prompts, p by flipping the subjects' signs, Holm over the metrics.
     """
     report: dict[str, dict[str, Any]] = {}
-    tables = [_by_key(read_rows(path, IMAGES)) for path in paths]
+    first, second = (_by_key(read_rows(path, IMAGES)) for path in paths)
     for name, measure in MEASURES.items():
-        rows = differences_of(*tables, name)
+        rows = differences_of(first, second, name)
         if not rows:
             continue
         cells = subject_scores.cells(rows, name)
