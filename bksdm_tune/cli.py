@@ -44,6 +44,7 @@ VERBS = (
     Verb("generate",   "bksdm_tune.generate",           "draw pictures with what was tuned"),
     Verb("evaluate",   "bksdm_tune.evaluate.command",   "score a backbone on captions"),
     Verb("score",      "bksdm_tune.evaluate.score_command", "score pictures of a subject"),
+    Verb("sweep",      "bksdm_tune.sweep.command",      "benchmark subjects x backbones x methods"),
     Verb("compare",    "bksdm_tune.evaluate.compare",   "subtract two scores of one protocol"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),
 )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune.artifacts import cached, locked
+from bksdm_tune.artifacts import cached, locked, sha256_file, write_text_atomic
 from bksdm_tune.evaluate.manifest import ClassPrior, Generated, Reference, Row, write_rows
 from bksdm_tune.pipeline import Shot, draw, load_pipeline, save_png
 from bksdm_tune.pipeline_folder import native_resolution
@@ -19,7 +21,7 @@ from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill
 from subjects.photos import PhotoSet
 
 CHUNK = 8  # pictures between two saves; drawing goes on after an interruption
-MANIFEST = "manifest.jsonl"
+MANIFEST, SPEED = "manifest.jsonl", "drawing.json"
 NO_IDENTIFIER = ""
 
 
@@ -106,8 +108,6 @@ def draw_for_score(
 
 
 def facts_of(parts: Parts, sitter: Sitter, grid: Grid, side: int | None) -> dict[str, Any]:
-    from bksdm_tune.artifacts import sha256_file
-
     return {
         "model": hash_parts(parts) | {"adapter": parts.adapter and sha256_file(parts.adapter)},
         "subject": [sitter.subject_id, sitter.class_noun, sitter.identifier],
@@ -128,11 +128,20 @@ def draw_missing(
     for start in range(0, len(absent), 4 * size):
         part = absent[start : start + 4 * size]
         title = f"pictures {start + 1} to {start + len(part)} of {len(absent)}"
+        started = time.perf_counter()
         pictures = draw(pipe, [order.shot for order in part], size, side, title)
+        note_speed(out / SPEED, len(part), time.perf_counter() - started)
         for picture, order in zip(pictures, part, strict=True):
             path = out / order.row.path
             path.parent.mkdir(parents=True, exist_ok=True)
             save_png(path, picture, order.shot, model=parts.name)
+
+
+def note_speed(path: Path, pictures: int, seconds: float) -> None:
+    """Add to what was drawn here, in how long."""
+    before = json.loads(path.read_text()) if path.is_file() else {"pictures": 0, "seconds": 0.0}
+    now = {"pictures": before["pictures"] + pictures, "seconds": before["seconds"] + seconds}
+    write_text_atomic(path, json.dumps(now))
 
 
 def write_manifest(out: Path, sitter: Sitter, listed: list[Order]) -> None:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +76,9 @@ def score(
     dino, clip = encode(pictures, judges, batch_size, device)
     texts = encode_texts(judges, sorted({row.clip_text for row in pictures.generated}))
     rows = scores.table(pictures, dino, clip, texts, facts, diversity(pictures, judges))
-    result = summarise(rows, judges, name, pictures, read_floor(floor, judges))
+    result = summarise(
+        rows, judges.facts, name, pictures.missing, read_floor(floor, judges.facts), judges.no_lpips
+    )
     write(out, rows, result, pictures.folder)
     return result
 
@@ -117,11 +120,11 @@ def diversity(pictures: Pictures, judges: Judges) -> dict[str, float]:
     return found
 
 
-def read_floor(path: Path | None, judges: Judges) -> dict[str, Any] | None:
+def read_floor(path: Path | None, protocol: dict[str, Any]) -> dict[str, Any] | None:
     if path is None:
         return None
     result = read_results(path)
-    if result["kind"] != SUBJECTS or result["fingerprint"] != content_key(judges.facts):
+    if result["kind"] != SUBJECTS or result["fingerprint"] != content_key(protocol):
         raise ProtocolError(
             f"--floor {path} was scored by another protocol. Score those pictures with these flags."
         )
@@ -129,34 +132,44 @@ def read_floor(path: Path | None, judges: Judges) -> dict[str, Any] | None:
 
 
 def summarise(
-    rows: Table, judges: Judges, name: str, pictures: Pictures, floor: dict[str, Any] | None
+    rows: Table,
+    protocol: dict[str, Any],
+    name: str,
+    missing: Sequence[str],
+    floor: dict[str, Any] | None,
+    no_div: str | None,
 ) -> dict[str, Any]:
-    """All of ``scores.json``."""
-    subjects = pictures.subjects
-    if floor is not None and sorted(floor["per_subject"]) != subjects:
-        raise ProtocolError("--floor is of other subjects than these pictures.")
+    """All of ``scores.json``.  ``no_div``: why DIV was not measured, if it was not.
+
+    Raises:
+        ProtocolError: the floor is of other subjects.
+    """
     typed = scores.with_types(rows)
     generated = [row for row in rows if row["role"] == "generated"]
+    subjects = sorted({row["subject_id"] for row in generated})
+    if floor is not None and sorted(floor["per_subject"]) != subjects:
+        raise ProtocolError("The floor is of other subjects than these pictures.")
     metrics = {
         metric: scores.with_floor(
-            scores.summary(rows, metric, judges.no_lpips if metric == "div" else None),
+            scores.summary(rows, metric, no_div if metric == "div" else None),
             floor["metrics"][metric]["macro"] if floor else None,
         )
         for metric in MEASURES
     }
     drawn = tuple(m for m in MEASURES if MEASURES[m].role == "generated")
+    roles = Counter(row["role"] for row in rows)
     return {
         "schema": SCORES_SCHEMA,
         "kind": SUBJECTS,
         "name": name,
-        "protocol": judges.facts,
-        "fingerprint": content_key(judges.facts),
-        "complete": not pictures.missing,
+        "protocol": protocol,
+        "fingerprint": content_key(protocol),
+        "complete": not missing,
         "counts": {
             "subjects": len(subjects),
-            "references": len(pictures.references),
-            "generated": len(generated),
-            "class_prior": len(pictures.class_prior),
+            "references": roles["reference"],
+            "generated": roles["generated"],
+            "class_prior": roles["class_prior"],
             "cells": len({(row["subject_id"], row["prompt_id"]) for row in generated}),
             "black": sum(bool(row["black"]) for row in generated),
             "copied": sum(row["copied"] for row in generated),
@@ -166,7 +179,7 @@ def summarise(
         "per_prompt": scores.per(rows, ["group", "prompt_id"], drawn),
         "per_type": scores.per(typed, ["type"], drawn),
         "per_group": scores.per(rows, ["group"], drawn),
-        "exclusions": list(pictures.missing),
+        "exclusions": list(missing),
         "versions": versions(),
     }
 

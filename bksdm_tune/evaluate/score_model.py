@@ -1,0 +1,91 @@
+"""A run or an adapter file: whose it is, its pictures, the untuned backbone's, the scores."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bksdm_tune.artifacts import MANIFEST, read_manifest
+from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.evaluate.drawing import Grid, Sitter, draw_floor, draw_for_score
+from bksdm_tune.evaluate.protocols import Judges
+from bksdm_tune.evaluate.score import score
+from bksdm_tune.evaluate.score_config import Config
+from bksdm_tune.generate import Config as Drawing
+from bksdm_tune.generate import find_model
+from bksdm_tune.resolve import Parts, resolve
+from subjects.photos import read_photos
+
+UNTUNED = "untuned"
+
+
+def score_model(config: Config, out: Path, judges: Judges, device: str) -> dict[str, Any]:
+    """Draw what is not drawn yet, the untuned backbone's pictures too, and score.
+
+    Raises:
+        UsageError, DataError: as ``subject_of``; ``out`` is for another model.
+    """
+    parts, sitter, side = subject_of(config)
+    grid = Grid(config.prompts, config.images, config.class_images)
+    manifest = draw_for_score(parts, sitter, grid, out, side, device)
+    floor = config.floor
+    if floor is None:
+        under, floor = backbone_of(config, parts), out / UNTUNED
+        plain = draw_floor(under, sitter, grid, floor, side, device)
+        score(plain, judges, floor, f"{under.name}, untuned", config.batch_size, device=device)
+    assert config.model is not None
+    return score(manifest, judges, out, config.model, config.batch_size, floor=floor, device=device)
+
+
+def subject_of(config: Config) -> tuple[Parts, Sitter, int | None]:
+    """Parts of the model, whose pictures to draw, and the pictures' side.
+
+    Raises:
+        UsageError: an adapter file does not say what it learned.
+        DataError: the photos are gone.
+    """
+    assert config.model is not None
+    model = find_model(Drawing(config.model, "", backbone=config.backbone, base=config.base))
+    path = Path(config.model)
+    run = path if path.is_dir() else path.parent
+    manifest = read_manifest(run) if (run / MANIFEST).is_file() else {"config": {}, "parents": {}}
+    said, parents = manifest["config"], manifest["parents"]
+    words = (model.trigger or "").split(maxsplit=1)
+    identifier = config.identifier or said.get("prompts", {}).get("identifier") or _at(words, 0)
+    noun = config.class_noun or _at(words, 1)
+    folder = config.photos or (Path(parents["photo_folder"]) if "photo_folder" in parents else None)
+    lacking = [
+        flag
+        for flag, value in (
+            ("--identifier", identifier),
+            ("--class-noun", noun),
+            ("--photos", folder),
+        )
+        if not value
+    ]
+    if lacking:
+        raise UsageError(f"{config.model} does not say what it learned: add {', '.join(lacking)}.")
+    assert identifier and noun and folder
+    if not folder.is_dir():
+        raise DataError(f"The photos are no longer in {folder}; name their folder with --photos.")
+    who = said.get("who", {})
+    name = who.get("subject") or who.get("name") or folder.resolve().name
+    photos = read_photos(folder, minimum_side=1)
+    return model.parts, Sitter(slug(name), noun, identifier, photos), model.side
+
+
+def _at(words: list[str], place: int) -> str | None:
+    return words[place] if len(words) > place else None
+
+
+def slug(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
+
+
+def backbone_of(config: Config, parts: Parts) -> Parts:
+    """What was tuned: of a LoRA the parts without it, of a full run what its manifest names."""
+    if parts.adapter is not None:
+        return replace(parts, adapter=None)
+    trained_on = read_manifest(Path(config.model or ""))["parents"]["backbone"]
+    return resolve(trained_on["ref"], trained_on.get("base"))

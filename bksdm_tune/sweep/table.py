@@ -1,0 +1,167 @@
+"""From finished cells to arms: scores over all subjects, differences, a table and a report."""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bksdm_tune.artifacts import content_key, write_text_atomic
+from bksdm_tune.evaluate.compare import compare
+from bksdm_tune.evaluate.report import scatter, template
+from bksdm_tune.evaluate.results import IMAGES, SCORES, read_results, read_rows
+from bksdm_tune.evaluate.score import summarise, write
+from bksdm_tune.evaluate.score_model import UNTUNED
+from bksdm_tune.evaluate.subject_scores import Table
+from bksdm_tune.sweep.cells import RESULT, Cell
+
+SCORED = ("dino", "clip_i", "clip_t", "pres")
+COSTS = ("seconds", "peak_memory_gb", "megabytes", "images_per_second")
+
+
+def write_tables(out: Path, wanted: list[Cell]) -> str:
+    """``arms/``, ``table.md``, ``leaderboard.csv``, ``report.html``; the table."""
+    arms: dict[str, list[Cell]] = {}
+    for cell in wanted:
+        arms.setdefault(cell.arm, []).append(cell)
+    results = {
+        arm: gather(out, arm, members)
+        for arm, members in arms.items()
+        if any(cell.done(out) for cell in members)
+    }
+    rows = [leader(out, arm, result, arms[arm]) for arm, result in results.items()]
+    rows.sort(key=lambda row: -row["dino"])
+    pairs = differences(out, list(results))
+    text = markdown(rows, pairs, results)
+    write_text_atomic(out / "table.md", text)
+    write_text_atomic(out / "leaderboard.csv", as_csv(rows))
+    points = [(row["arm"], row["clip_t"], row["dino"]) for row in rows]
+    page = template("sweep.html.j2").render(
+        rows=rows, pairs=pairs, results=results, plot=scatter(points, "each point an arm")
+    )
+    write_text_atomic(out / "report.html", page)
+    return text
+
+
+def gather(out: Path, arm: str, members: list[Cell]) -> dict[str, Any]:
+    """Scores of an arm over all its subjects, and of its untuned backbone."""
+    done = [cell for cell in members if cell.done(out)]
+    missing = [f"cell {cell.name}" for cell in members if not cell.done(out)]
+    seeds = sorted({cell.seed for cell in members})
+    folder = out / "arms" / arm
+    floor: dict[str, Any] | None = None
+    for below, title in ((UNTUNED, f"{arm}, untuned"), ("", arm)):
+        table: Table = []
+        for cell in done:
+            table += rows_of(cell.folder(out) / "score" / below, out, seeds.index(cell.seed))
+        first = read_results(done[0].folder(out) / "score" / below)
+        no_div = first["metrics"]["div"]["reason"]
+        result = summarise(table, first["protocol"], title, missing, floor, no_div)
+        assert result["fingerprint"] == content_key(first["protocol"])
+        write(folder / below, table, result, out)
+        floor = result
+    assert floor is not None
+    return floor
+
+
+def rows_of(folder: Path, out: Path, run: int) -> Table:
+    """A cell's rows with paths from ``out``; pictures of another training are further samples, and
+    photos are listed once."""
+    columns = read_rows(folder, IMAGES)
+    rows = [
+        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
+    ]
+    samples = 1 + max(row["sample_idx"] or 0 for row in rows)
+    kept = [row for row in rows if run == 0 or row["role"] != "reference"]
+    for row in kept:
+        row["path"] = (folder.relative_to(out) / row["path"]).as_posix()
+        if row["role"] == "generated":
+            row["sample_idx"] += run * samples
+    return kept
+
+
+def leader(out: Path, arm: str, result: dict[str, Any], members: list[Cell]) -> dict[str, Any]:
+    """A line of the leaderboard: scores, and means of what the cells cost."""
+    cells = [
+        json.loads((cell.folder(out) / RESULT).read_text()) for cell in members if cell.done(out)
+    ]
+    row: dict[str, Any] = {"arm": arm, "cells": len(cells), "of": len(members)}
+    for name in SCORED:
+        metric = result["metrics"][name]
+        row[name] = metric["macro"]
+        row[f"{name}_low"], row[f"{name}_high"] = metric["ci95"] or (None, None)
+    row["floor"] = result["metrics"]["dino"]["floor"]
+    row["ceiling"] = (result["metrics"]["dino"]["ceiling"] or {}).get("without_self")
+    row["normalised"] = result["metrics"]["dino"]["normalised"]
+    row |= {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
+    return row | {"together": max(cell["trained_together"] for cell in cells)}
+
+
+def differences(out: Path, arms: list[str]) -> list[dict[str, Any]]:
+    """B minus A for arms that differ in the method, or in the backbone, only."""
+    found = []
+    for a, b in itertools.combinations(arms, 2):
+        one, other = a.rsplit("-", 1), b.rsplit("-", 1)
+        if (one[0] == other[0]) == (one[1] == other[1]):
+            continue
+        report = compare(out / "arms" / a / SCORES, out / "arms" / b / SCORES)
+        found.append({"a": a, "b": b, "metrics": {n: report[n] for n in SCORED if n in report}})
+    return found
+
+
+def markdown(
+    rows: list[dict[str, Any]], pairs: list[dict[str, Any]], results: dict[str, Any]
+) -> str:
+    protocol = next(iter(results.values()))["protocol"]["name"] if results else ""
+    lines = [
+        f"Protocol {protocol}. 95 % intervals: two-way bootstrap over subjects and prompts. "
+        "Untuned and photos: DINO's floor and ceiling.",
+        "",
+        "| arm | cells | DINO | CLIP-I | CLIP-T | PRES | untuned | photos | normalised "
+        "| s | GB | MB | images/s |",
+        "|---" * 13 + "|",
+    ]
+    for row in rows:
+        scores = [_with_interval(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in SCORED]
+        rest = [_figure(row[name]) for name in ("floor", "ceiling", "normalised")]
+        costs = [f"{row[n]:.3g}" for n in COSTS]
+        cells = [row["arm"], f"{row['cells']} of {row['of']}", *scores, *rest, *costs]
+        lines.append("| " + " | ".join(cells) + " |")
+    lines += ["", "| B - A | DINO | CLIP-I | CLIP-T | PRES |", "|---" * 5 + "|"]
+    for pair in pairs:
+        entries = [pair["metrics"].get(name) for name in SCORED]
+        cells = [_difference(entry) for entry in entries]
+        lines.append(f"| {pair['b']} - {pair['a']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _difference(entry: dict[str, Any] | None) -> str:
+    if entry is None:
+        return ""
+    interval = entry["ci95"]
+    bounds = f" [{interval[0]:+.3f}, {interval[1]:+.3f}]" if interval else ""
+    p = f", p {entry['p_holm']:.2g}" if entry.get("p_holm") is not None else ""
+    return f"{entry['difference']:+.3f}{bounds}{p}"
+
+
+def _with_interval(value: float | None, low: float | None, high: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3f}" + (f" [{low:.3f}, {high:.3f}]" if low is not None else "")
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def as_csv(rows: list[dict[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]) if rows else ["arm"], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
