@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -180,9 +181,10 @@ def test_a_ray_cluster_survives_a_dead_worker(
     out = tmp_path / "out"
     monkeypatch.setenv("RAY_ENABLE_UV_RUN_RUNTIME_ENV", "0")
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join(["tests", "."]))
+    place = tempfile.mkdtemp(prefix="ray")  # pytest's own folders are too long for its sockets
     ray.init(
         num_cpus=2, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1",
-        object_store_memory=80_000_000, _temp_dir=str(tmp_path / "r"),
+        object_store_memory=80_000_000, _temp_dir=place,
     )  # fmt: skip
     killer = subprocess.Popen([sys.executable, __file__, str(out)])
     try:
@@ -191,6 +193,7 @@ def test_a_ray_cluster_survives_a_dead_worker(
     finally:
         killer.kill()
         ray.shutdown()
+        shutil.rmtree(place, ignore_errors=True)
     for name in TRIO.split(","):
         place = f"cells/{name}-tiny-base-lora-seed1234/score/scores.json"
         ours, theirs = (json.loads((p / place).read_text()) for p in (swept, out))
