@@ -61,10 +61,12 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class Event:
-    """Something done at step 0, every ``every`` steps, and at the end.  Never changes training."""
+    """Something done at step 0, every ``every`` steps, and at the end.  Never changes training, but
+    may say that it was long enough."""
 
     every: int
-    run: Callable[[int], None]
+    run: Callable[[int], object]
+    """Given the step; True: enough."""
 
     def due(self, step: int, last: bool) -> bool:
         return last or step == 0 or (self.every > 0 and step % self.every == 0)
@@ -183,6 +185,7 @@ def fit(
 
     ``batches(i)`` iterates over this process's micro-batches from number ``i`` on; gradients and
     losses are averaged over the processes once a step.  The last state is always checkpointed.
+    An event may end it earlier (of one process).
     After the last step the EMA, if any, is copied into the parameters.  ``trackers`` get the step
     and what is logged, in the first process.
 
@@ -228,10 +231,13 @@ def fit(
                 checkpoint()
             if stop:
                 raise KeyboardInterrupt
+            enough = False
             for event in events:
                 if processes.rank() == 0 and event.due(step, last):
-                    event.run(step)
-            if last:
+                    enough |= event.run(step) is True
+            if enough and not last:
+                checkpoint()
+            if enough or last:
                 break
 
             started, totals = time.perf_counter(), dict[str, torch.Tensor]()

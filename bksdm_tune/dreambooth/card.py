@@ -54,7 +54,8 @@ The backbone is {backbone}: {shape}. {adapter_note}
 | trained parameters | {parameters:,} |
 | seconds, peak memory | {seconds:.0f} s{share}, {memory:.2f} GB |
 
-`config.toml` reproduces it: `bksdm-tune dreambooth --config config.toml --out NEW-FOLDER`.
+{selection}`config.toml` reproduces it:
+`bksdm-tune dreambooth --config config.toml --out NEW-FOLDER`.
 
 ## Licence
 
@@ -100,9 +101,19 @@ def card(job: Job, results: dict[str, Any]) -> str:
         parameters=results["trained_parameters"],
         seconds=results["seconds"],
         share=share_of(results["trained_together"]),
+        selection=selection_of(results["selection"]),
         memory=results["peak_memory_gb"],
     )
 
 
 def share_of(together: int) -> str:
     return f" (a share of {together} subjects trained together)" if together > 1 else ""
+
+
+def selection_of(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    return (
+        f"Step {found['delivered']} is what is here; the best of the scored steps was "
+        f"{found['best']} (`scores.jsonl`).\n\n![DINO against CLIP-T](scores.png)\n\n"
+    )

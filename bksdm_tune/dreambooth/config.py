@@ -47,8 +47,11 @@ class Who:
     """Name of your own subject, for the run folder; default: the photo folder's name."""
     data_root: Path | None = None
     """Where the DreamBooth photos lie; default $BKSDM_DATA, then the download cache."""
+    holdout: int = 0
+    """Photos kept out of training, the last ones; scores are then against these alone."""
 
     def __post_init__(self) -> None:
+        check_range("--holdout", self.holdout, 0)
         if (self.subject is None) == (self.photos is None):
             raise UsageError("Say whom to learn: --subject dog, or --photos DIR --class-noun dog.")
         if self.photos is not None and self.class_noun is None:
@@ -208,6 +211,13 @@ class Output:
     """Also draw them every so many steps; 0 is not."""
     preview_images: int = 2
     """Pictures a preview prompt."""
+    score_every: int = 0
+    """Draw a fixed grid and score it every so many steps (DINO, CLIP-T); 0 is not."""
+    keep_best: bool = False
+    """Deliver the best of the scored steps: more like the photos, and no less like the words than
+    the 95 % interval of the best before it. Default: the last step."""
+    patience: int = 0
+    """Stop after so many scorings in a row without a better one; 0 is never."""
     dry_run: bool = False
     """Check everything, measure two steps, say time, memory and disk, and stop."""
 
@@ -216,6 +226,10 @@ class Output:
         check_range("--keep", self.keep, 1)
         check_range("--preview-every", self.preview_every, 0)
         check_range("--preview-images", self.preview_images, 1)
+        check_range("--score-every", self.score_every, 0)
+        check_range("--patience", self.patience, 0)
+        if (self.keep_best or self.patience) and not self.score_every:
+            raise UsageError("--keep-best and --patience go by scores; add --score-every 100.")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Any
 from bksdm_tune import architecture
 from bksdm_tune.artifacts import content_key
 from bksdm_tune.doctor import try_xformers
-from bksdm_tune.dreambooth.config import Config
+from bksdm_tune.dreambooth.config import Config, Output
 from bksdm_tune.dreambooth.photos import photo_folder
 from bksdm_tune.dreambooth.recipes import filled, recipe_name
 from bksdm_tune.errors import UsageError
@@ -33,6 +33,8 @@ class Job:
     recipe: str
     parts: Parts
     photos: PhotoSet
+    """Those it learns from."""
+    held_out: PhotoSet
     photo_source: str
     class_noun: str
     instance_prompt: str
@@ -95,7 +97,8 @@ def prepare(config: Config, device: str) -> Job:
     assert config.training.resolution is not None
     check_resolution(config.training.resolution, parts)
     folder, source = photo_folder(config, resolution)
-    photos = read_photos(folder, minimum_side=(config.training.resolution or resolution) // 2)
+    found = read_photos(folder, minimum_side=(config.training.resolution or resolution) // 2)
+    photos, held_out = held_apart(found, who.holdout)
     prompts = config.prompts
     previews = config.output.preview_prompts
     shown = default_previews(noun) if previews is None else previews
@@ -110,12 +113,14 @@ def prepare(config: Config, device: str) -> Job:
         "photos": [photo.sha256 for photo in photos.photos],
         "backbone": hash_parts(parts),
         "previews": [*shown, config.output.preview_images],
+        "selection": _selection(config.output),
     }
     return Job(
         config=config,
         recipe=name,
         parts=parts,
         photos=photos,
+        held_out=held_out,
         photo_source=source,
         class_noun=noun,
         instance_prompt=instance,
@@ -125,6 +130,27 @@ def prepare(config: Config, device: str) -> Job:
         folder=config.output.out or default_folder(config, parts),
         facts=facts,
     )
+
+
+def held_apart(found: PhotoSet, count: int) -> tuple[PhotoSet, PhotoSet]:
+    """The photos to learn from, and the last ``count``.
+
+    Raises:
+        UsageError: none would be left to learn from.
+    """
+    left = len(found.photos) - count
+    if left < 1:
+        raise UsageError(
+            f"--holdout {count} leaves no photo to learn from; there are {len(found.photos)}."
+        )
+    return replace(found, photos=found.photos[:left]), replace(found, photos=found.photos[left:])
+
+
+def _selection(output: Output) -> list[Any] | None:
+    """What decides which step is delivered, if not the last."""
+    if not (output.keep_best or output.patience):
+        return None
+    return [output.score_every, output.keep_best, output.patience]
 
 
 def check_attention(name: str, device: str) -> None:

@@ -80,13 +80,29 @@ def preview_shots(job: Job) -> list[Shot]:
 def preview(
     job: Job, step: int, unet: Any, text_encoder: Any | None, embeds: dict[str, Tensor]
 ) -> None:
-    """Draw the preview prompts into ``samples/`` with the models as they are.
-
-    VAE and, if it does not train, text encoder are loaded for this and leave memory again.
-    """
+    """Draw the preview prompts into ``samples/`` with the models as they are."""
     folder = job.folder / "samples"
     folder.mkdir(exist_ok=True)
     shots = preview_shots(job)
+    pictures = draw_now(job, shots, unet, text_encoder, embeds, f"previews at step {step}")
+    for number, (picture, shot) in enumerate(zip(pictures, shots, strict=True)):
+        save_png(
+            sample_path(job, step, number), picture, shot, model=job.parts.name, step=str(step)
+        )
+
+
+def draw_now(
+    job: Job,
+    shots: list[Shot],
+    unet: Any,
+    text_encoder: Any | None,
+    embeds: dict[str, Tensor],
+    title: str,
+) -> list[Image.Image]:
+    """Pictures by the models as they are.
+
+    VAE and, if it does not train, text encoder are loaded for this and leave memory again.
+    """
     text = (None, None)
     if text_encoder is not None:
         text = (load_part(job.parts, "tokenizer"), text_encoder)
@@ -98,13 +114,10 @@ def preview(
     known = None if text_encoder is not None else embeds
     size = job.config.training.resolution
     with autocast(job.config.training.precision, job.device):
-        pictures = draw(pipe, shots, batch_size(job), size, f"previews at step {step}", known)
+        pictures = draw(pipe, shots, batch_size(job), size, title, known)
     for model in models:
         model.train()
-    for number, (picture, shot) in enumerate(zip(pictures, shots, strict=True)):
-        save_png(
-            sample_path(job, step, number), picture, shot, model=job.parts.name, step=str(step)
-        )
+    return pictures
 
 
 def sample_path(job: Job, step: int, number: int) -> Path:

@@ -14,7 +14,9 @@ from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.learner import Learner, build
+from bksdm_tune.dreambooth.selection import Selection, read_selection, sitter_of
 from bksdm_tune.errors import DataError
+from bksdm_tune.evaluate.watch import watched
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.optim import make_all
@@ -53,17 +55,25 @@ def load(jobs: list[Job]) -> Learner:
 
 
 def shown(jobs: list[Job]) -> list[str]:
-    return ["", *(shot.prompt for job in jobs for shot in pictures.preview_shots(job))]
+    texts = ["", *(shot.prompt for job in jobs for shot in pictures.preview_shots(job))]
+    if jobs[0].config.output.score_every:
+        texts += [order.shot.prompt for job in jobs for order in watched(sitter_of(job))]
+    return texts
 
 
 def optimise(job: Job, learner: Learner) -> None:
     training, output, steps = job.config.training, job.config.output, job.config.training.steps
     assert steps and output.checkpoint_every
     optimiser, schedule, ema = make_all(training, learner.trainable.parameter_groups())
+    selection = Selection(job, learner, ema) if output.score_every else None
 
     def preview(step: int) -> None:
-        if step < steps or training.ema is None:
+        if step < steps:
             draw_preview(job, learner, step)
+
+    events = [Event(output.preview_every, preview)]
+    if selection is not None:
+        events.append(Event(output.score_every, selection))
 
     fit(
         learner.objective,
@@ -74,11 +84,12 @@ def optimise(job: Job, learner: Learner) -> None:
         LoopSettings.of(training, output, job.device),
         job.folder,
         ema,
-        (Event(output.preview_every, preview),),
+        tuple(events),
         title=job.folder.name,
     )
-    if training.ema is not None:  # only now are the averaged weights in the models
-        draw_preview(job, learner, steps)
+    if selection is not None:
+        selection.deliver()
+    draw_preview(job, learner, steps)  # only now are the delivered weights in the models
 
 
 def draw_preview(job: Job, learner: Learner, step: int) -> None:
@@ -109,6 +120,7 @@ def finish(job: Job, learner: Learner, seconds: float, together: int = 1) -> Non
         "trained_parameters": trained,
         "seconds": round(seconds, 2),
         "trained_together": together,
+        "selection": read_selection(job),
         "peak_memory_gb": round(peak_memory_gb(job.device), 3),
     }
     pictures.write_contact_sheet(job)
@@ -123,6 +135,7 @@ def finish(job: Job, learner: Learner, seconds: float, together: int = 1) -> Non
     parents = {
         "backbone": backbone,
         "photos": {photo.path.name: photo.sha256 for photo in job.photos.photos},
+        "held_out": {photo.path.name: photo.sha256 for photo in job.held_out.photos},
         "photo_source": job.photo_source,
         "photo_folder": str(job.photos.folder.absolute()),
     }

@@ -68,24 +68,35 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def scatter(points: Sequence[Point], note: str, joined: bool = False) -> str:
-    """DINO against CLIP-T as SVG; ``joined``: the points follow each other."""
+def scatter(points: Sequence[Point], note: str) -> str:
+    """DINO against CLIP-T as SVG."""
+    text = io.StringIO()
+    _figure(points, note, "o").savefig(
+        text, format="svg", bbox_inches="tight", metadata={"Date": None}
+    )
+    return text.getvalue()[text.getvalue().index("<svg") :]
+
+
+def write_curve(path: Path, points: Sequence[Point]) -> None:
+    """DINO against CLIP-T over the steps of a run as PNG."""
+    _figure(points, "steps of training", "o-").savefig(path, dpi=110, bbox_inches="tight")
+
+
+def _figure(points: Sequence[Point], note: str, style: str) -> Any:
     import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
 
-    matplotlib.use("svg")
     matplotlib.rcParams.update({"svg.hashsalt": "bksdm-tune", "svg.fonttype": "none"})
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 4))
+    figure = Figure(figsize=(6, 4))
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
     across, up = [p[1] for p in points], [p[2] for p in points]
-    axes.plot(across, up, "o-" if joined else "o", color="#2f6f8f", markersize=4, linewidth=1)
+    axes.plot(across, up, style, color="#2f6f8f", markersize=4, linewidth=1)
     for label, x, y in points:
         axes.annotate(label, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
     axes.set(xlabel="CLIP-T: picture and words", ylabel="DINO: picture and photos", title=note)
     axes.title.set_fontsize(9)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
-    text = io.StringIO()
-    figure.savefig(text, format="svg", bbox_inches="tight", metadata={"Date": None})
-    pyplot.close(figure)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+    return figure

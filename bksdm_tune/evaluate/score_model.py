@@ -72,6 +72,9 @@ def subject_of(config: Config) -> tuple[Parts, Sitter, int | None]:
     who = said.get("who", {})
     name = who.get("subject") or who.get("name") or folder.resolve().name
     photos = read_photos(folder, minimum_side=1)
+    if parents.get("held_out"):  # nothing of what it was trained on
+        own = tuple(p for p in photos.photos if p.sha256 in parents["held_out"].values())
+        photos = replace(photos, photos=own)
     return model.parts, Sitter(slug(name), noun, identifier, photos), model.side
 
 

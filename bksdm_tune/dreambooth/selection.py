@@ -1,0 +1,102 @@
+"""Which step of a run is delivered: scores on the way, the best kept, and when it is enough."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from dataclasses import asdict
+from typing import Any
+
+from bksdm_tune.artifacts import atomic_folder, write_text_atomic
+from bksdm_tune.dreambooth import pictures
+from bksdm_tune.dreambooth.job import Job, subject_name
+from bksdm_tune.dreambooth.learner import Learner
+from bksdm_tune.evaluate.drawing import Sitter
+from bksdm_tune.evaluate.protocols import load_judges
+from bksdm_tune.evaluate.report import write_curve
+from bksdm_tune.evaluate.watch import Point, Watch, curve
+from bksdm_tune.optim import EMA
+
+SCORES, BEST, CURVE = "scores.jsonl", "checkpoint-best", "scores.png"
+
+
+def sitter_of(job: Job) -> Sitter:
+    """The subject with the photos it is held against: those held out, if any."""
+    photos = job.held_out if job.held_out.photos else job.photos
+    return Sitter(subject_name(job.config), job.class_noun, job.config.prompts.identifier, photos)
+
+
+class Selection:
+    """An event of the loop: draws the grid, scores it, notes it, keeps the weights if better."""
+
+    def __init__(self, job: Job, learner: Learner, ema: EMA | None) -> None:
+        self.job, self.learner, self.ema = job, learner, ema
+        judges = load_judges(None, None, None, job.device)
+        self.watch = Watch(judges, sitter_of(job), job.device)
+        self.points = read_points(job)
+
+    def __call__(self, step: int) -> bool:
+        output = self.job.config.output
+        if step and all(point.step != step for point in self.points):
+            averaged = contextlib.nullcontext() if self.ema is None else self.ema.swapped_in()
+            with averaged:
+                self.note(step)
+        chosen = best([point for point in self.points if point.step <= step])
+        since = [p for p in self.points if chosen and chosen.step < p.step <= step]
+        return bool(output.patience) and len(since) >= output.patience
+
+    def note(self, step: int) -> None:
+        shots = [order.shot for order in self.watch.listed]
+        unet, text, embeds = self.learner.unet, self.learner.text_encoder, self.learner.embeds
+        drawn = pictures.draw_now(self.job, shots, unet, text, embeds, f"scoring step {step}")
+        point = self.watch.score(step, drawn)
+        if self.job.config.output.keep_best and point.better_than(best(self.points)):
+            shutil.rmtree(self.job.folder / BEST, ignore_errors=True)
+            with atomic_folder(self.job.folder / BEST) as scratch:
+                self.learner.trainable.save(scratch)
+        self.points.append(point)
+        lines = "".join(json.dumps(asdict(point)) + "\n" for point in self.points)
+        write_text_atomic(self.job.folder / SCORES, lines)
+
+    def deliver(self) -> None:
+        """The best weights into the models; the curve beside the card."""
+        if self.job.config.output.keep_best and best(self.points):
+            self.learner.trainable.load(self.job.folder / BEST)
+        write_curve(self.job.folder / CURVE, curve(self.points))
+
+
+def read_points(job: Job) -> list[Point]:
+    path = job.folder / SCORES
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    return [
+        Point(
+            row["step"],
+            row["dino"],
+            row["clip_t"],
+            tuple(row["dino_ci95"]),
+            tuple(row["clip_t_ci95"]),
+        )
+        for row in rows
+    ]
+
+
+def best(points: list[Point]) -> Point | None:
+    """Each is held against the best before it (Point.better_than)."""
+    chosen = None
+    for point in points:
+        if point.better_than(chosen):
+            chosen = point
+    return chosen
+
+
+def read_selection(job: Job) -> dict[str, Any] | None:
+    """For the manifest: what was scored, what is delivered."""
+    points = read_points(job)
+    chosen = best(points)
+    if chosen is None:
+        return None
+    kept = chosen.step if job.config.output.keep_best else points[-1].step
+    return {"scored": [point.step for point in points], "best": chosen.step, "delivered": kept}
