@@ -115,6 +115,16 @@ def test_a_finished_sweep_does_nothing_again(swept: Path, parts: Any) -> None:
     assert (swept / "table.md").read_bytes() == tables
 
 
+def test_a_sweep_grows(swept: Path, parts: Any, tmp_path: Path, capsys: Any) -> None:
+    """Asked for one more subject, it makes that one and tables all."""
+    out = tmp_path / "copy"
+    shutil.copytree(swept, out)
+    assert main(words(parts, out, subjects="vase")) == 0
+    assert "| tiny-base-lora | 4 of 4 |" in (text := (out / "table.md").read_text())
+    assert "| tiny-base-full | 3 of 3 |" in text
+    assert len(list(out.glob("cells/*/cell.json"))) == 7
+
+
 def test_other_settings_are_another_sweep(swept: Path, parts: Any, capsys: Any) -> None:
     assert main(words(parts, swept, methods="lora,full", steps=3)) == 2
     assert "another sweep" in capsys.readouterr().err

@@ -15,10 +15,10 @@ from bksdm_tune.dreambooth.learner import Learner
 from bksdm_tune.evaluate.drawing import Sitter
 from bksdm_tune.evaluate.protocols import load_judges
 from bksdm_tune.evaluate.report import write_curve
-from bksdm_tune.evaluate.watch import Point, Watch, curve
+from bksdm_tune.evaluate.watch import ON_THE_WAY, Point, Watch, curve, read_points
 from bksdm_tune.optim import EMA
 
-SCORES, BEST, CURVE = "scores.jsonl", "checkpoint-best", "scores.png"
+BEST, CURVE = "checkpoint-best", "scores.png"
 
 
 def sitter_of(job: Job) -> Sitter:
@@ -34,7 +34,7 @@ class Selection:
         self.job, self.learner, self.ema = job, learner, ema
         judges = load_judges(None, None, None, job.device)
         self.watch = Watch(judges, sitter_of(job), job.device)
-        self.points = read_points(job)
+        self.points = read_points(job.folder / ON_THE_WAY)
 
     def __call__(self, step: int) -> bool:
         output = self.job.config.output
@@ -57,30 +57,13 @@ class Selection:
                 self.learner.trainable.save(scratch)
         self.points.append(point)
         lines = "".join(json.dumps(asdict(point)) + "\n" for point in self.points)
-        write_text_atomic(self.job.folder / SCORES, lines)
+        write_text_atomic(self.job.folder / ON_THE_WAY, lines)
 
     def deliver(self) -> None:
         """The best weights into the models; the curve beside the card."""
         if self.job.config.output.keep_best and best(self.points):
             self.learner.trainable.load(self.job.folder / BEST)
         write_curve(self.job.folder / CURVE, curve(self.points))
-
-
-def read_points(job: Job) -> list[Point]:
-    path = job.folder / SCORES
-    if not path.is_file():
-        return []
-    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        Point(
-            row["step"],
-            row["dino"],
-            row["clip_t"],
-            tuple(row["dino_ci95"]),
-            tuple(row["clip_t_ci95"]),
-        )
-        for row in rows
-    ]
 
 
 def best(points: list[Point]) -> Point | None:
@@ -94,7 +77,7 @@ def best(points: list[Point]) -> Point | None:
 
 def read_selection(job: Job) -> dict[str, Any] | None:
     """For the manifest: what was scored, what is delivered."""
-    points = read_points(job)
+    points = read_points(job.folder / ON_THE_WAY)
     chosen = best(points)
     if chosen is None:
         return None

@@ -21,15 +21,21 @@ Point = tuple[str, float, float]
 
 
 def write_report(
-    path: Path, rows: list[dict[str, Any]], result: dict[str, Any], folder: Path
+    path: Path,
+    rows: list[dict[str, Any]],
+    result: dict[str, Any],
+    folder: Path,
+    steps: Sequence[Point] = (),
 ) -> None:
-    """``folder``: where the rows' paths begin."""
+    """``folder``: where the rows' paths begin; ``steps``: scores on the way of a training."""
     points = [
         (name, figures["clip_t"], figures["dino"])
         for name, figures in result["per_subject"].items()
         if None not in (figures["clip_t"], figures["dino"])
     ]
     plot = scatter(points, "each point a subject")
+    if steps:
+        plot += scatter(steps, "steps of training, on a smaller grid", joined=True)
     text = template("report.html.j2").render(
         result=result, plot=plot, sheets=sheets(rows, folder), worst=WORST
     )
@@ -68,10 +74,10 @@ def thumbnail(path: Path) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
 
 
-def scatter(points: Sequence[Point], note: str) -> str:
-    """DINO against CLIP-T as SVG."""
+def scatter(points: Sequence[Point], note: str, joined: bool = False) -> str:
+    """DINO against CLIP-T as SVG; ``joined``: the points follow each other."""
     text = io.StringIO()
-    _figure(points, note, "o").savefig(
+    _figure(points, note, "o-" if joined else "o").savefig(
         text, format="svg", bbox_inches="tight", metadata={"Date": None}
     )
     return text.getvalue()[text.getvalue().index("<svg") :]

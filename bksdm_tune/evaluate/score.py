@@ -24,7 +24,7 @@ from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import subject_scores as scores
 from bksdm_tune.evaluate.manifest import Pictures, read_pictures
 from bksdm_tune.evaluate.protocols import Judges
-from bksdm_tune.evaluate.report import write_report
+from bksdm_tune.evaluate.report import Point, write_report
 from bksdm_tune.evaluate.results import (
     IMAGES,
     SCORES,
@@ -48,12 +48,14 @@ def score(
     partial: bool = False,
     floor: Path | None = None,
     device: str = "cpu",
+    steps: Sequence[Point] = (),
 ) -> dict[str, Any]:
     """Score and write; the content of ``scores.json``.
 
     Args:
         partial: score what is there, and list what is not; else that is an error.
         floor: scores of the untuned backbone's pictures, by the same protocol.
+        steps: scores on the way of the training, for the report.
 
     Raises:
         DataError: every fault of the manifest and its pictures; nothing was written.
@@ -79,7 +81,7 @@ def score(
     result = summarise(
         rows, judges.facts, name, pictures.missing, read_floor(floor, judges.facts), judges.no_lpips
     )
-    write(out, rows, result, pictures.folder)
+    write(out, rows, result, pictures.folder, steps)
     return result
 
 
@@ -195,7 +197,9 @@ def per_subject(rows: Table, found: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write(out: Path, rows: Table, result: dict[str, Any], folder: Path) -> None:
+def write(
+    out: Path, rows: Table, result: dict[str, Any], folder: Path, steps: Sequence[Point] = ()
+) -> None:
     """All files; ``scores.json`` last."""
     import pyarrow
     import pyarrow.parquet
@@ -209,6 +213,6 @@ def write(out: Path, rows: Table, result: dict[str, Any], folder: Path) -> None:
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomic((out / IMAGES).with_suffix(".csv"), text.getvalue())
-    write_report(out / "report.html", rows, result, folder)
+    write_report(out / "report.html", rows, result, folder, steps)
     written = json.dumps(result, indent=2, sort_keys=True, allow_nan=False)
     write_text_atomic(out / SCORES, written + "\n")

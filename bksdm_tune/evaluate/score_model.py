@@ -12,6 +12,7 @@ from bksdm_tune.evaluate.drawing import Grid, Sitter, draw_floor, draw_for_score
 from bksdm_tune.evaluate.protocols import Judges
 from bksdm_tune.evaluate.score import score
 from bksdm_tune.evaluate.score_config import Config
+from bksdm_tune.evaluate.watch import ON_THE_WAY, curve, read_points
 from bksdm_tune.generate import Config as Drawing
 from bksdm_tune.generate import find_model
 from bksdm_tune.resolve import Parts, resolve
@@ -35,7 +36,9 @@ def score_model(config: Config, out: Path, judges: Judges, device: str) -> dict[
         plain = draw_floor(under, sitter, grid, floor, side, device)
         score(plain, judges, floor, f"{under.name}, untuned", config.batch_size, device=device)
     assert config.model is not None
-    return score(manifest, judges, out, config.model, config.batch_size, floor=floor, device=device)
+    steps = curve(read_points(Path(config.model) / ON_THE_WAY))
+    name, size = config.model, config.batch_size
+    return score(manifest, judges, out, name, size, floor=floor, device=device, steps=steps)
 
 
 def subject_of(config: Config) -> tuple[Parts, Sitter, int | None]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from bksdm_tune.evaluate.statistics import bootstrap_mean
 from bksdm_tune.evaluate.subject_scores import unit
 from subjects.photos import open_photo
 
+ON_THE_WAY = "scores.jsonl"  # in a run folder
 EVERY_THIRD = 3
 GRID = Grid(images=2, class_images=0, seed=770_000)
 """Noises of its own: those of `score` stay unseen."""
@@ -76,6 +79,15 @@ class Watch:
         prepare: Callable[[Image.Image], NDArray[np.uint8]] = encoder.prepare
         batch = torch.from_numpy(np.stack([prepare(picture) for picture in pictures]))
         return unit(encoder.images(batch.to(self.device)).float().cpu().numpy())
+
+
+def read_points(path: Path) -> list[Point]:
+    """Those of a run; none if it scored none."""
+    if not path.is_file():
+        return []
+    rows: list[dict[str, Any]] = [json.loads(line) for line in path.read_text().splitlines()]
+    pairs = ("dino_ci95", "clip_t_ci95")
+    return [Point(**row | {name: tuple(row[name]) for name in pairs}) for row in rows]
 
 
 def curve(points: list[Point]) -> list[tuple[str, float, float]]:

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from bksdm_tune.artifacts import locked
+from bksdm_tune.artifacts import locked, write_text_atomic
 from bksdm_tune.config import parse, save_toml
 from bksdm_tune.runs import occupy
 from bksdm_tune.sweep.cells import FAILURE, Cell, Task, cells, tasks
@@ -14,7 +14,10 @@ from bksdm_tune.sweep.config import Config
 from bksdm_tune.sweep.work import CONFIG, wait_for_others
 
 FAILED = 4
-FREE = ("engine", "workers", "stack", "data_root", "out")  # may change from one call to the next
+CELLS = "cells.json"
+# What may change from one call to the next: who does it, and which cells; more make a folder grow.
+FREE = ("engine", "workers", "stack", "data_root", "out")
+MORE = ("subjects", "backbones", "methods", "seeds")
 
 
 def main(argv: list[str]) -> int:
@@ -24,21 +27,31 @@ def main(argv: list[str]) -> int:
     with locked(config.out):
         occupy(
             config.out,
-            {name: value for name, value in facts.items() if name not in FREE},
+            {name: value for name, value in facts.items() if name not in FREE + MORE},
             "sweep",
             "another sweep",
         )
         wait_for_others(config.out)
         save_toml(config.out / CONFIG, config)
+        everything = remember(config.out, wanted)
         run(config, wanted)
         failed = [cell for cell in wanted if not cell.done(config.out)]
         from bksdm_tune.sweep.table import write_tables
 
-        print(write_tables(config.out, wanted))
+        print(write_tables(config.out, everything))
     if failed:
         print(failures(failed, config.out))
     print(f"Look at {config.out / 'report.html'}")
     return FAILED if failed else 0
+
+
+def remember(out: Path, wanted: list[Cell]) -> list[Cell]:
+    """All cells that this folder was ever asked for, these included."""
+    path = out / CELLS
+    before = json.loads(path.read_text()) if path.is_file() else []
+    everything = list(dict.fromkeys([*(Cell(**facts) for facts in before), *wanted]))
+    write_text_atomic(path, json.dumps([asdict(cell) for cell in everything], indent=1) + "\n")
+    return everything
 
 
 def run(config: Config, wanted: list[Cell]) -> None:

@@ -14,7 +14,10 @@ METHODS = ("lora", "full")
 
 @dataclass(frozen=True)
 class Config:
-    """Train, draw and score subjects x backbones x methods x seeds; resumable, a cell at a time."""
+    """Train, draw and score subjects x backbones x methods x seeds; resumable, a cell at a time.
+
+    More cells may be asked for in the same folder; its tables have them all.
+    """
 
     out: Path
     """Folder of everything; the same command goes on there."""
