@@ -3,8 +3,8 @@
     python scripts/selection.py --out DIR [--subjects dog can ...] [--every 100]
 
 Every subject is trained once with scores on the way; the chosen and the last step are then scored
-on the whole benchmark grid, whose noises the choice never saw, and compared as ``bksdm-tune compare``
-does.  Resumable.
+on the whole benchmark grid, whose noises the choice never saw, and compared (bksdm-tune compare).
+Resumable.
 """
 
 from __future__ import annotations

@@ -137,7 +137,7 @@ def compare_subjects(
             "better": measure.better,
         }
         if p is None:
-            report[name]["reason"] = "one subject has no spread over subjects"
+            report[name]["reason"] = "only one subject"
     known = {name: entry["p"] for name, entry in report.items() if entry["p"] is not None}
     for name, value in holm(known).items():
         report[name]["p_holm"] = value

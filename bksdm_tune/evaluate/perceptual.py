@@ -43,7 +43,7 @@ def load(device: str) -> tuple[Lpips | None, str | None]:
     folder = Path(torch.hub.get_dir()) / "checkpoints"
     absent = [name for name in FILES if not (folder / name).is_file()]
     if absent:
-        return None, f"LPIPS's weights are not on disk: {', '.join(absent)} in {folder}"
+        return None, f"LPIPS's weights are not in torch.hub's folder: {', '.join(absent)}"
     try:
         from torch_fidelity.sample_similarity_lpips import SampleSimilarityLPIPS
     except ImportError:

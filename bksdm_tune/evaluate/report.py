@@ -33,7 +33,7 @@ def write_report(
         for name, figures in result["per_subject"].items()
         if None not in (figures["clip_t"], figures["dino"])
     ]
-    plot = scatter(points, "each point a subject")
+    plot = scatter(points, "each point a subject") if len(points) > 1 else ""
     if steps:
         plot += scatter(steps, "steps of training, on a smaller grid", joined=True)
     text = template("report.html.j2").render(
@@ -52,7 +52,8 @@ def template(name: str) -> Any:
 
 
 def sheets(rows: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]]:
-    """Subject -> its photos, and its generated pictures with the least DINO similarity first."""
+    """Subject -> its photos, and its generated pictures with the least DINO similarity first; the
+    subjects in that order too."""
     found: dict[str, dict[str, Any]] = defaultdict(lambda: {"photos": [], "pictures": []})
     generated = [row for row in rows if row["role"] == "generated"]
     for row in rows:
@@ -62,7 +63,11 @@ def sheets(rows: list[dict[str, Any]], folder: Path) -> dict[str, dict[str, Any]
         pictures = found[row["subject_id"]]["pictures"]
         if len(pictures) < WORST or row["black"] or row["copied"]:
             pictures.append(row | {"image": thumbnail(folder / row["path"])})
-    return dict(sorted(found.items()))
+    scores: dict[str, list[float]] = defaultdict(list)
+    for row in generated:
+        scores[row["subject_id"]].append(row["dino"])
+    worst_first = sorted(scores, key=lambda name: (sum(scores[name]) / len(scores[name]), name))
+    return {name: found[name] for name in worst_first}
 
 
 def thumbnail(path: Path) -> str:

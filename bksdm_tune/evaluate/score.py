@@ -178,12 +178,17 @@ def summarise(
         },
         "metrics": metrics,
         "per_subject": per_subject(rows, scores.per(rows, ["subject_id"], drawn)),
-        "per_prompt": scores.per(rows, ["group", "prompt_id"], drawn),
+        "per_prompt": with_templates(rows, scores.per(rows, ["group", "prompt_id"], drawn)),
         "per_type": scores.per(typed, ["type"], drawn),
         "per_group": scores.per(rows, ["group"], drawn),
         "exclusions": list(missing),
         "versions": versions(),
     }
+
+
+def with_templates(rows: Table, found: dict[str, Any]) -> dict[str, Any]:
+    of = {f"{r['group']}/{r['prompt_id']}": r["prompt_template"] for r in rows if r["prompt_id"]}
+    return {prompt: metrics | {"prompt_template": of[prompt]} for prompt, metrics in found.items()}
 
 
 def per_subject(rows: Table, found: dict[str, Any]) -> dict[str, Any]:

@@ -198,7 +198,7 @@ def summary(rows: Table, name: str, reason: str | None) -> dict[str, Any]:
         "image_mean": float(values.mean()),
         "pair_micro": float(np.average(values, weights=weights)),
         "ci95": list(interval) if interval else None,
-        "ci95_reason": None if interval else "one subject has no spread over subjects",
+        "ci95_reason": None if interval else "only one subject",
     }
 
 
