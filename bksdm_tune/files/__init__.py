@@ -1,0 +1,1 @@
+"""Adapter and checkpoint files of every tool: read, checked, converted, ported, exported."""

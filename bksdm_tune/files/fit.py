@@ -1,0 +1,127 @@
+"""Which U-Net an adapter was made for: what its file says, else what its layers and shapes say."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from bksdm_tune.adapters import PROVENANCE
+from bksdm_tune.architecture import fingerprint
+from bksdm_tune.errors import DataError
+from bksdm_tune.files.adapter import UNET, Adapter
+from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS, student_config
+
+# fmt: off
+ARCHITECTURES: dict[str, tuple[str, str]] = {
+    "sd-v1":        ("v1",     "teacher"),
+    "bk-base":      ("v1",     "base"),
+    "bk-small":     ("v1",     "small"),
+    "bk-tiny":      ("v1",     "tiny"),
+    "sd-v2":        ("v2",     "teacher"),
+    "bk-v2-base":   ("v2",     "base"),
+    "bk-v2-small":  ("v2",     "small"),
+    "bk-v2-tiny":   ("v2",     "tiny"),
+    "pocket-teacher": ("pocket", "teacher"),
+    "pocket-base":  ("pocket", "base"),
+    "pocket-small": ("pocket", "small"),
+    "pocket-tiny":  ("pocket", "tiny"),
+}
+# fmt: on
+Shape = tuple[int, ...]
+
+
+def config_of(name: str) -> dict[str, Any]:
+    unet, plan = ARCHITECTURES[name]
+    return student_config(TEACHER_UNETS[unet], PLANS[plan])
+
+
+def layer_shapes(config: Mapping[str, Any]) -> dict[str, Shape]:
+    """Path of every linear and convolutional layer of a U-Net -> shape of its weight."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(dict(config))
+    return {
+        path: tuple(module.weight.shape)
+        for path, module in unet.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
+@functools.cache
+def known_shapes(name: str) -> dict[str, Shape]:
+    return layer_shapes(config_of(name))
+
+
+def misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
+    """U-Net layers of the adapter that are not there, or of another size."""
+    wrong = []
+    for path, update in adapter.of(UNET).items():
+        if path not in shapes:
+            wrong.append(f"{path}: there is no such layer")
+            continue
+        wanted, found = shapes[path], tuple(update.delta().shape)
+        if _numbers(wanted) != _numbers(found):
+            wrong.append(f"{path}: {found}, the layer has {wanted}")
+    return wrong
+
+
+def _numbers(shape: Shape) -> Shape:
+    """A 1 x 1 convolution counts as a linear layer."""
+    return shape[:2] if shape[2:] in ((), (1, 1)) else shape
+
+
+def said(adapter: Adapter) -> str | None:
+    """The architecture that the file's own metadata names."""
+    if PROVENANCE in adapter.metadata:
+        wanted = json.loads(adapter.metadata[PROVENANCE])["architecture"]
+        for name in ARCHITECTURES:
+            if fingerprint(config_of(name)) == wanted:
+                return name
+    version = adapter.metadata.get("ss_base_model_version", "")
+    return {"sd_v1": "sd-v1", "sd_v2": "sd-v2"}.get(version[:5])
+
+
+def inferred(adapter: Adapter) -> list[str]:
+    """Architectures whose layers of the adapter's kinds are exactly the adapter's.
+
+    Fitting is not enough: the layers of a compressed U-Net have names that the teacher has too.
+    Where none has exactly these layers, those that fit at all.
+    """
+    mine = set(adapter.of(UNET))
+    ends = {_end(path) for path in mine}
+    fitting = [name for name in ARCHITECTURES if not misfits(adapter, known_shapes(name))]
+    exact = [
+        name
+        for name in fitting
+        if {path for path in known_shapes(name) if _end(path) in ends} == mine
+    ]
+    return exact or fitting
+
+
+def _end(path: str) -> str:
+    """What layers of one kind share: attn1.to_q of every block."""
+    parts = path.split(".")
+    return ".".join(part for part in parts[-4:] if not part.isdigit())
+
+
+def architecture(adapter: Adapter) -> str:
+    """One name.
+
+    Raises:
+        DataError: none fits, or several do; the message names them.
+    """
+    if not adapter.of(UNET):
+        raise DataError("holds no U-Net layers, so nothing says which U-Net it is for")
+    name = said(adapter)
+    found = [name] if name else inferred(adapter)
+    if len(found) == 1:
+        return found[0]
+    if not found:
+        raise DataError("fits none of the known U-Nets: " + ", ".join(ARCHITECTURES))
+    raise DataError(f"may be for {' or '.join(found)}; say which with --from")
