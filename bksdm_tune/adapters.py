@@ -180,21 +180,3 @@ def read_provenance(path: Path) -> Provenance | None:
     if PROVENANCE not in metadata:
         return None
     return Provenance(**json.loads(metadata[PROVENANCE]))
-
-
-def check_architecture(path: Path, fingerprint: str, shape: str) -> Provenance | None:
-    """Refuse an adapter that was trained on another architecture than ``fingerprint``.
-
-    Such a file often loads without a word, half of it into the wrong layers.
-
-    Raises:
-        DataError: it was made for another architecture.
-    """
-    made_from = read_provenance(path)
-    if made_from is not None and made_from.architecture != fingerprint:
-        raise DataError(
-            f"{path} was trained on {made_from.backbone} ({made_from.shape}); the backbone here is "
-            f"{shape}. Its layers would land in the wrong places. "
-            f"Use it with --backbone {made_from.backbone}, by its name or where its folder lies."
-        )
-    return made_from

@@ -16,8 +16,8 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from bksdm_tune import adapters, architecture
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.lora import fit
 from bksdm_tune.resolve import Parts, unet_config
 
 # diffusers warns about the safety checker that small and compressed pipelines do not ship.
@@ -83,9 +83,7 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.float16
     config = unet_config(parts)
     if parts.adapter is not None:
-        adapters.check_architecture(
-            parts.adapter, architecture.fingerprint(config), architecture.describe(config)
-        )
+        fit.check(parts.adapter, config)
     unet, vae, text_encoder = (load_part(parts, p, dtype) for p in ("unet", "vae", "text_encoder"))
     text = (load_part(parts, "tokenizer"), text_encoder)
     pipe = assemble(unet, vae, load_part(parts, "scheduler"), text).to(device)

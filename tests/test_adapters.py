@@ -18,7 +18,6 @@ from bksdm_tune.adapters import (
     FILE_NAME,
     Provenance,
     canonical,
-    check_architecture,
     inject,
     load_adapter,
     read_adapter,
@@ -28,6 +27,7 @@ from bksdm_tune.adapters import (
 )
 from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.lora import fit
 
 UNET_TARGETS = ("to_q", "to_v", "to_out.0", "ff.net.0.proj")
 TEXT_TARGETS = ("q_proj", "v_proj")
@@ -206,10 +206,10 @@ def test_another_architecture_is_refused(tmp_path: Path, made_for: str, size: st
     path = tmp_path / FILE_NAME
     save_adapter(path, tuned(models)[0], None, made_from)
     if made_for == size:
-        assert check_architecture(path, fingerprint(here), describe(here)) == made_from
+        fit.check(path, here)
         return
-    with pytest.raises(DataError, match="was trained on bk-base.*--backbone bk-base"):
-        check_architecture(path, fingerprint(here), describe(here))
+    with pytest.raises(DataError, match="was made for bk-base.*--backbone bk-base"):
+        fit.check(path, here)
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "pickle", "no lora"])

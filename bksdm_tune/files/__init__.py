@@ -1,1 +1,1 @@
-"""Adapter and checkpoint files of every tool: read, checked, converted, ported, exported."""
+"""Files for other tools: adapters ported, merged, resized, exported."""

@@ -9,8 +9,8 @@ from __future__ import annotations
 from dataclasses import replace
 
 from bksdm_tune.errors import UsageError
-from bksdm_tune.files.adapter import TEXT, UNET, Adapter
-from bksdm_tune.files.fit import ARCHITECTURES, known_shapes
+from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
+from bksdm_tune.lora.fit import ARCHITECTURES, known_shapes
 from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS
 from distill.surgery import weight_map
 

@@ -5,15 +5,17 @@ from __future__ import annotations
 import functools
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from bksdm_tune.adapters import PROVENANCE
-from bksdm_tune.architecture import fingerprint
+from bksdm_tune.adapters import PROVENANCE, read_provenance
+from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError
-from bksdm_tune.files.adapter import UNET, Adapter
+from bksdm_tune.lora import layouts
+from bksdm_tune.lora.adapter import UNET, Adapter
 from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS, student_config
 
 # fmt: off
@@ -76,13 +78,62 @@ def _numbers(shape: Shape) -> Shape:
     return shape[:2] if shape[2:] in ((), (1, 1)) else shape
 
 
+def check(path: Path, config: Mapping[str, Any]) -> None:
+    """Refuse an adapter that was made for another architecture than the U-Net with this config.
+
+    Such a file often loads without a word, half of it into the wrong layers.
+
+    Raises:
+        DataError: it was made for another one; the message says what to type.
+    """
+    wanted, made_from = fingerprint(config), read_provenance(path)
+    if made_from is not None:
+        if made_from.architecture == wanted:
+            return
+        name = name_of(made_from.architecture)
+        shape = f"{made_from.backbone} ({made_from.shape})"
+        raise DataError(_refusal(path, shape, name, config, made_from.backbone))
+    adapter = layouts.read(path)
+    own, shapes = name_of(wanted), layer_shapes(config)
+    wrong = misfits(adapter, shapes)
+    if not wrong and _all_layers(adapter, shapes):
+        return
+    others = inferred(adapter)
+    if wrong or (own is not None and own not in others):
+        made_for = " or ".join(others) or "no U-Net that this program knows"
+        raise DataError(_refusal(path, made_for, others[0] if len(others) == 1 else None, config))
+
+
+def _refusal(
+    path: Path, made_for: str, name: str | None, config: Mapping[str, Any], ref: str | None = None
+) -> str:
+    here = name_of(fingerprint(config))
+    text = (
+        f"{path} was made for {made_for}; the backbone here is {describe(config)}. Its layers "
+        f"would land in the wrong places. Use it with --backbone {ref or name or 'NAME'}"
+    )
+    if name and here and ARCHITECTURES[name][0] == ARCHITECTURES[here][0]:
+        moved = path.with_name(f"{path.stem}-{here}.safetensors")
+        text += f", or type: bksdm-tune port {path} --from {name} --to {here} --out {moved}"
+    return text + "."
+
+
+def name_of(wanted: str) -> str | None:
+    """The known architecture with that fingerprint."""
+    return next((n for n in ARCHITECTURES if fingerprint(config_of(n)) == wanted), None)
+
+
+def _all_layers(adapter: Adapter, shapes: Mapping[str, Shape]) -> bool:
+    """Whether it has every layer of its kinds that there is."""
+    mine = set(adapter.of(UNET))
+    ends = {_end(path) for path in mine}
+    return {path for path in shapes if _end(path) in ends} == mine
+
+
 def said(adapter: Adapter) -> str | None:
     """The architecture that the file's own metadata names."""
     if PROVENANCE in adapter.metadata:
-        wanted = json.loads(adapter.metadata[PROVENANCE])["architecture"]
-        for name in ARCHITECTURES:
-            if fingerprint(config_of(name)) == wanted:
-                return name
+        return name_of(json.loads(adapter.metadata[PROVENANCE])["architecture"])
     version = adapter.metadata.get("ss_base_model_version", "")
     return {"sd_v1": "sd-v1", "sd_v2": "sd-v2"}.get(version[:5])
 
@@ -93,15 +144,8 @@ def inferred(adapter: Adapter) -> list[str]:
     Fitting is not enough: the layers of a compressed U-Net have names that the teacher has too.
     Where none has exactly these layers, those that fit at all.
     """
-    mine = set(adapter.of(UNET))
-    ends = {_end(path) for path in mine}
     fitting = [name for name in ARCHITECTURES if not misfits(adapter, known_shapes(name))]
-    exact = [
-        name
-        for name in fitting
-        if {path for path in known_shapes(name) if _end(path) in ends} == mine
-    ]
-    return exact or fitting
+    return [name for name in fitting if _all_layers(adapter, known_shapes(name))] or fitting
 
 
 def _end(path: str) -> str:

@@ -194,8 +194,7 @@ def facts(adapter: Adapter) -> dict[str, Any]:
     """Ranks, alphas and targets, for people."""
     ranks = sorted({update.rank for update in adapter.updates.values()})
     alphas = sorted({u.alpha if u.alpha is not None else u.rank for u in adapter.updates.values()})
-    ends = sorted({".".join(path.split(".")[-2:]) if path.endswith(".0") else path.split(".")[-1]
-                   for path in adapter.updates})  # fmt: skip
+    ends = sorted({_target(path) for path in adapter.updates})
     return {
         "layout": adapter.layout,
         "kinds": adapter.kinds,
@@ -206,3 +205,11 @@ def facts(adapter: Adapter) -> dict[str, Any]:
         "targets": ends,
         "parameters": sum(t.numel() for u in adapter.updates.values() for t in u.factors.values()),
     }
+
+
+def _target(path: str) -> str:
+    """As it is named to PEFT: to_q, to_out.0, ff.net.2."""
+    if ".ff." in path:
+        return path[path.index(".ff.") + 1 :]
+    parts = path.split(".")
+    return ".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])

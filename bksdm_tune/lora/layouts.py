@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from bksdm_tune.errors import DataError
-from bksdm_tune.files.adapter import TEXT, UNET, Adapter, Update
+from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
 from bksdm_tune.resolve import read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

@@ -1,0 +1,61 @@
+"""Adapter files that were read back and compared before they get their name."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+
+from bksdm_tune.adapters import PROVENANCE, Provenance, canonical
+from bksdm_tune.errors import DataError
+from bksdm_tune.lora import layouts
+from bksdm_tune.lora.adapter import Adapter
+
+Reader = Callable[[Path], Adapter]
+TOLERANCE = 1e-6
+
+
+def write_adapter(
+    path: Path, adapter: Adapter, layout: str, provenance: Provenance | None, **more: str
+) -> float:
+    """Write in the layout diffusers or kohya; the largest relative difference after reading back.
+
+    Raises:
+        DataError: the file reads back to something else; nothing is left.
+    """
+    if layout == "kohya":
+        tensors, metadata = layouts.kohya_tensors(adapter.updates.items()), {"format": "pt"}
+    else:
+        tensors = layouts.diffusers_tensors(adapter)
+        metadata = layouts.diffusers_metadata(adapter)
+    if provenance is not None:
+        metadata[PROVENANCE] = json.dumps(asdict(provenance), sort_keys=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f".{path.name}.tmp")
+    try:
+        scratch.write_bytes(canonical(save(tensors, metadata | more)))
+        worst = difference(adapter, layouts.read(scratch))
+        if worst > TOLERANCE:
+            raise DataError(
+                f"{path} would read back with a difference of {worst:.2g}; not written."
+            )
+        scratch.replace(path)
+    finally:
+        scratch.unlink(missing_ok=True)
+    return worst
+
+
+def difference(a: Adapter, b: Adapter) -> float:
+    """Of the updates' largest entries, relative to the layer's own; infinite if layers differ."""
+    if a.updates.keys() != b.updates.keys():
+        return float("inf")
+    worst = 0.0
+    for path, update in a.updates.items():
+        one, other = update.delta(), b.updates[path].delta()
+        scale = max(float(one.abs().max()), torch.finfo(torch.float32).tiny)
+        worst = max(worst, float((one - other.reshape(one.shape)).abs().max()) / scale)
+    return worst

@@ -1,0 +1,340 @@
+"""Adapter files of every layout in one form; which U-Net each is for; moving between U-Nets."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from bksdm_tune.cli import main
+from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.files.port import layer_map, port
+from bksdm_tune.files.write import difference, write_adapter
+from bksdm_tune.lora import adapter as adapters
+from bksdm_tune.lora import fit, layouts
+from bksdm_tune.lora.adapter import Adapter, Update
+
+FAMILY = ("sd-v1", "bk-base", "bk-small", "bk-tiny")
+V2 = ("sd-v2", "bk-v2-base", "bk-v2-small", "bk-v2-tiny")
+ENDS = ("to_q", "to_v", "to_k", "to_out.0")
+
+
+def make(name: str, ends: tuple[str, ...] = ENDS, text: bool = True, rank: int = 2) -> Adapter:
+    """A random LoRA on layers of an architecture; every layer's numbers are its own."""
+    generator = torch.Generator().manual_seed(0)
+
+    def update(out: int, inner: int) -> Update:
+        down = torch.randn(rank, inner, generator=generator)
+        return Update(
+            "lora", {"down": down, "up": torch.randn(out, rank, generator=generator)}, 3.0
+        )
+
+    shapes = fit.known_shapes(name)
+    updates = {f"unet.{p}": update(*s[:2]) for p, s in shapes.items() if p.endswith(ends)}
+    if text:
+        width = 768 if "v2" not in name else 1024
+        for layer in range(2):
+            path = f"text_encoder.text_model.encoder.layers.{layer}.self_attn"
+            updates |= {f"{path}.{n}": update(width, width) for n in ("q_proj", "v_proj")}
+    return Adapter(dict(sorted(updates.items())), "diffusers")
+
+
+def old_names(adapter: Adapter, prefix: str) -> dict[str, Tensor]:
+    """As diffusers wrote attention processors."""
+    found = {}
+    for layer, update in adapter.updates.items():
+        path, end = layer.removeprefix("unet.").replace("to_out.0", "to_out").rsplit(".", 1)
+        found[f"{prefix}{path}.processor.{end}_lora.down.weight"] = update.factors["down"]
+        found[f"{prefix}{path}.processor.{end}_lora.up.weight"] = update.factors["up"]
+    return found
+
+
+def legacy_text(adapter: Adapter) -> dict[str, Tensor]:
+    sides = {"down": "lora_linear_layer.down", "up": "lora_linear_layer.up"}
+    return {
+        f"{layer}.{sides[factor]}.weight": value
+        for layer, update in adapter.updates.items()
+        for factor, value in update.factors.items()
+        if layer.startswith("text")
+    }
+
+
+def same(a: Adapter, b: Adapter, scale: float = 1.0) -> None:
+    assert a.updates.keys() == b.updates.keys()
+    for path, update in a.updates.items():
+        torch.testing.assert_close(b.updates[path].delta(), scale * update.delta())
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "kohya"])
+@pytest.mark.parametrize("name", ["bk-small", "sd-v1", "bk-v2-tiny"])
+def test_what_is_written_reads_back_the_same(tmp_path: Path, name: str, layout: str) -> None:
+    """alpha is 3 at rank 2, text encoder and feed-forward included."""
+    adapter = make(name, (*ENDS, "ff.net.0.proj", "ff.net.2"))
+    path = tmp_path / "a.safetensors"
+    assert write_adapter(path, adapter, layout, None) < 1e-6
+    again = layouts.read(path)
+    assert again.layout == layout
+    same(adapter, again)
+    assert {u.alpha for u in again.updates.values()} == {3.0}
+
+
+def test_layers_of_other_ranks_and_alphas_come_back(tmp_path: Path) -> None:
+    adapter = make("bk-tiny")
+    paths = list(adapter.updates)
+    adapter.updates[paths[0]] = Update(
+        "lora", {"down": torch.randn(5, 320), "up": torch.randn(320, 5)}, 1.0
+    )  # noqa: E501
+    adapter.updates[paths[-1]] = Update("lora", dict(adapter.updates[paths[-1]].factors), None)
+    path = tmp_path / "a.safetensors"
+    write_adapter(path, adapter, "diffusers", None)
+    same(adapter, layouts.read(path))
+
+
+@pytest.mark.parametrize("prefix", ["unet.", ""])
+def test_old_diffusers_files(tmp_path: Path, prefix: str) -> None:
+    """No alpha in them: it is the rank."""
+    adapter = make("bk-base", text=False)
+    save_file(old_names(adapter, prefix), tmp_path / "old.safetensors")
+    again = layouts.read(tmp_path / "old.safetensors")
+    assert again.layout == "diffusers-old"
+    same(adapter, again, 2 / 3)
+
+
+def test_text_encoder_keys_of_any_transformers(tmp_path: Path) -> None:
+    adapter = make("bk-base")
+    text = {k: u for k, u in adapter.updates.items() if k.startswith("text")}
+    for number, tensors in enumerate(
+        (legacy_text(adapter),
+         {k.replace("text_model.", ""): v for k, v in legacy_text(adapter).items()})
+    ):  # fmt: skip
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path)
+        same(Adapter(text, ""), layouts.read(path), 2 / 3)
+
+
+def test_peft_folders(tmp_path: Path) -> None:
+    """One for each part, as `save_pretrained` of PEFT leaves them."""
+    adapter = make("bk-small")
+    for part in ("unet", "text_encoder"):
+        (tmp_path / part).mkdir()
+        tensors = {
+            f"base_model.model.{path.replace('text_model.', '')}.{side}.weight": u.factors[factor]
+            for path, u in adapter.of(part).items()
+            for factor, side in (("down", "lora_A"), ("up", "lora_B"))
+        }
+        save_file(tensors, tmp_path / part / "adapter_model.safetensors")
+        (tmp_path / part / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "r": 2}))
+    same(adapter, layouts.read(tmp_path))
+
+
+def test_lycoris_updates_are_their_formulas(tmp_path: Path) -> None:
+    """LoHa, LoKr, LoCon with and without a middle factor, written out; alpha 2 at rank 4."""
+    g = torch.Generator().manual_seed(1)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
+    stem = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_"
+    conv = "lora_unet_down_blocks_0_resnets_0_conv1"
+    mid = "lora_unet_down_blocks_0_resnets_0_conv2"
+    t = {
+        f"{stem}to_q.hada_w1_a": r(320, 4), f"{stem}to_q.hada_w1_b": r(4, 320),
+        f"{stem}to_q.hada_w2_a": r(320, 4), f"{stem}to_q.hada_w2_b": r(4, 320),
+        f"{stem}to_k.lokr_w1": r(8, 8), f"{stem}to_k.lokr_w2_a": r(40, 4),
+        f"{stem}to_k.lokr_w2_b": r(4, 40),
+        f"{conv}.lora_down.weight": r(4, 320, 3, 3), f"{conv}.lora_up.weight": r(320, 4, 1, 1),
+        f"{mid}.lora_down.weight": r(4, 320, 1, 1), f"{mid}.lora_mid.weight": r(4, 4, 3, 3),
+        f"{mid}.lora_up.weight": r(320, 4, 1, 1),
+    }  # fmt: skip
+    names = {key.partition(".")[0] for key in t}
+    save_file(
+        t | {f"{name}.alpha": torch.tensor(2.0) for name in names}, tmp_path / "x.safetensors"
+    )
+    adapter = layouts.read(tmp_path / "x.safetensors")
+    assert adapter.kinds == ["loha", "lokr", "lora"] and len(adapter.updates) == 4
+    block = "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn1."
+    loha = (t[f"{stem}to_q.hada_w1_a"] @ t[f"{stem}to_q.hada_w1_b"]) * (
+        t[f"{stem}to_q.hada_w2_a"] @ t[f"{stem}to_q.hada_w2_b"]
+    )
+    torch.testing.assert_close(adapter.updates[f"{block}to_q"].delta(), loha / 2)
+    second = t[f"{stem}to_k.lokr_w2_a"] @ t[f"{stem}to_k.lokr_w2_b"]
+    lokr = adapter.updates[f"{block}to_k"].delta()
+    torch.testing.assert_close(lokr[40:80, :40], t[f"{stem}to_k.lokr_w1"][1, 0] * second / 2)
+    x = r(1, 320, 6, 6)
+    for name, layers in ((conv, ("down", "up")), (mid, ("down", "mid", "up"))):
+        path = name.removeprefix("lora_").replace("unet_", "unet.", 1)
+        delta = adapter.updates["unet." + layouts.dotted(path.removeprefix("unet."))].delta()  # type: ignore[operator]
+        y = x
+        for layer in layers:
+            w = t[f"{name}.lora_{layer}.weight"]
+            y = torch.nn.functional.conv2d(y, w, padding=w.shape[-1] // 2)
+        found = torch.nn.functional.conv2d(x, delta, padding=1)
+        torch.testing.assert_close(found, y / 2, rtol=1e-4, atol=2e-2)
+
+
+def test_dora_is_merged_as_its_paper_says() -> None:
+    torch.manual_seed(0)
+    weight, down, up = torch.randn(6, 4), torch.randn(2, 4), torch.randn(6, 2)
+    magnitude = torch.rand(6) + 1
+    update = Update("lora", {"down": down, "up": up}, 2.0, magnitude)
+    merged = update.merged(weight)
+    changed = weight + up @ down
+    for row in range(6):
+        expected = magnitude[row] * changed[row] / changed[row].norm()
+        torch.testing.assert_close(merged[row], expected)
+
+
+@pytest.mark.parametrize("name", [*FAMILY, *V2])
+def test_the_architecture_is_told_from_the_layers(name: str) -> None:
+    """Names of compressed U-Nets are names of the teacher too; the whole set decides."""
+    assert fit.architecture(make(name)) == name
+
+
+@pytest.mark.parametrize("family", [FAMILY, V2])
+def test_ported_layers_change_as_the_original_does(family: tuple[str, ...]) -> None:
+    """From the teacher to each student: the layer inherited from L changes exactly as L did."""
+    original = make(family[0])
+    for name in family[1:]:
+        moved, dropped = port(original, family[0], name)
+        own = layer_map(name)
+        assert len(moved.of("unet")) + len(dropped) == len(original.of("unet"))
+        for path, update in moved.of("unet").items():
+            torch.testing.assert_close(
+                update.delta(), original.of("unet")[own[path]].delta(), rtol=0, atol=0
+            )
+        assert not fit.misfits(moved, fit.known_shapes(name))
+        assert fit.architecture(moved) == name
+        back, lost = port(moved, name, family[0])
+        assert not lost and set(back.updates) <= set(original.updates)
+        for path, update in back.updates.items():
+            assert update is original.updates[path]
+        assert moved.of("text_encoder").keys() == original.of("text_encoder").keys()
+
+
+def test_up_blocks_are_renamed() -> None:
+    """Two that shapes would not catch: base's up attention 1 is the teacher's 2, tiny's up stage 1
+    is the teacher's 2."""
+    assert (
+        layer_map("bk-base")["up_blocks.1.attentions.1.proj_in"]
+        == "up_blocks.1.attentions.2.proj_in"
+    )  # noqa: E501
+    assert (
+        layer_map("bk-tiny")["up_blocks.1.attentions.0.proj_in"]
+        == "up_blocks.2.attentions.0.proj_in"
+    )  # noqa: E501
+
+
+def test_nothing_crosses_between_families() -> None:
+    with pytest.raises(UsageError, match="different families"):
+        port(make("sd-v1"), "sd-v1", "bk-v2-base")
+
+
+def files(folder: Path, *names: str) -> dict[str, Path]:
+    """Foreign files: kohya's keys, nothing of ours in them."""
+    found = {}
+    for name in names:
+        found[name] = folder / f"{name}.safetensors"
+        save_file(layouts.kohya_tensors(make(name).updates.items()), found[name])
+    return found
+
+
+@pytest.mark.parametrize(
+    ("made_for", "here", "type_this"),
+    [("bk-base", "sd-v1", "--from bk-base --to sd-v1"), ("sd-v1", "bk-base", "--to bk-base"),
+     ("bk-small", "bk-tiny", "--to bk-tiny"), ("bk-tiny", "bk-small", "--to bk-small"),
+     ("bk-small", "bk-base", "--to bk-base"), ("sd-v2", "sd-v1", "--backbone sd-v2")],
+)  # fmt: skip
+def test_foreign_files_on_another_architecture_are_refused(
+    tmp_path: Path, made_for: str, here: str, type_this: str
+) -> None:
+    path = files(tmp_path, made_for)[made_for]
+    with pytest.raises(DataError, match="wrong places") as refused:
+        fit.check(path, fit.config_of(here))
+    assert type_this in str(refused.value)
+    fit.check(path, fit.config_of(made_for))
+
+
+def test_the_command_that_is_named_works(tmp_path: Path, capsys: Any) -> None:
+    path = files(tmp_path, "sd-v1")["sd-v1"]
+    with pytest.raises(DataError) as refused:
+        fit.check(path, fit.config_of("bk-small"))
+    words = str(refused.value).split("bksdm-tune ")[1].rstrip(".").split()
+    assert main(words) == 0
+    assert "Dropped" in capsys.readouterr().out
+    fit.check(Path(words[-1]), fit.config_of("bk-small"))
+    assert main(["adapter", "info", words[-1], "--json"]) == 0
+    (facts,) = json.loads(capsys.readouterr().out)
+    assert facts["made_for"] == ["bk-small"] and facts["alphas"] == [3.0]
+
+
+def test_merged_is_the_weighted_sum() -> None:
+    a, b = make("bk-tiny"), make("bk-tiny", ("to_q",), text=False, rank=3)
+    whole = adapters.merge([a, b], [0.5, 2.0])
+    for path in a.updates:
+        wanted = 0.5 * a.updates[path].delta()
+        if path in b.updates:
+            wanted = wanted + 2 * b.updates[path].delta()
+        torch.testing.assert_close(whole.updates[path].delta(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_resized_is_the_nearest_of_its_rank() -> None:
+    torch.manual_seed(0)
+    update = Update("lora", {"down": torch.randn(6, 30), "up": torch.randn(20, 6)}, 6.0)
+    smaller, energy = adapters.resized(update, 3)
+    s = torch.linalg.svdvals(update.delta().double())
+    error = (update.delta() - smaller.delta()).double().square().sum()
+    assert float(error) == pytest.approx(float(s[3:].square().sum()), rel=1e-4)
+    assert energy == pytest.approx(float(s[:3].square().sum() / s.square().sum()))
+    assert difference(
+        Adapter({"unet.x": update}, ""), Adapter({"unet.x": adapters.resized(update, 9)[0]}, "")
+    ) < 1e-5  # fmt: skip
+
+
+def spoil(path: Path, how: str) -> None:
+    data = path.read_bytes()
+    if how == "truncated":
+        path.write_bytes(data[: len(data) // 2])
+    elif how == "pickle":
+        torch.save({"unet.x.lora_A.weight": torch.ones(1)}, path)
+    elif how == "oversized header":
+        path.write_bytes((2**40).to_bytes(8, "little") + data[8:])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "integers":
+        save_file({"unet.x.to_q.lora_A.weight": torch.ones(2, 3, dtype=torch.int32)}, path)
+    elif how == "not finite":
+        save_file({"unet.x.to_q.lora_A.weight": torch.full((2, 3), float("nan"))}, path)
+    elif how == "half a pair":
+        save_file({"unet.x.to_q.lora_A.weight": torch.ones(2, 3)}, path)
+    elif how == "factors apart":
+        save_file({"unet.x.to_q.lora_A.weight": torch.ones(2, 3),
+                   "unet.x.to_q.lora_B.weight": torch.ones(5, 4)}, path)  # fmt: skip
+    elif how == "a whole model":
+        save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(2, 3)}, path)
+    else:
+        path.unlink()
+
+
+SPOILS = ("truncated", "pickle", "oversized header", "empty", "integers", "not finite",
+          "half a pair", "factors apart", "a whole model", "gone")  # fmt: skip
+
+
+@pytest.mark.parametrize("how", SPOILS)
+def test_bad_files_are_one_line_and_nothing_is_written(
+    tmp_path: Path, how: str, capsys: Any
+) -> None:
+    path = files(tmp_path, "bk-tiny")["bk-tiny"]
+    spoil(path, how)
+    out = tmp_path / "out/x.safetensors"
+    for words in (["adapter", "info", str(path)],
+                  ["adapter", "resize", str(path), "--rank", "1", "--out", str(out)],
+                  ["port", str(path), "--to", "sd-v1", "--out", str(out)]):  # fmt: skip
+        assert main(words) == 3
+        error = capsys.readouterr().err
+        assert str(path) in error and len(error.strip().splitlines()) == 1
+    assert not out.exists()
