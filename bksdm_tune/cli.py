@@ -46,6 +46,7 @@ VERBS = (
     Verb("score",      "bksdm_tune.evaluate.score_command", "score pictures of a subject"),
     Verb("sweep",      "bksdm_tune.sweep.command",      "benchmark subjects x backbones x methods"),
     Verb("compare",    "bksdm_tune.evaluate.compare",   "subtract two scores of one protocol"),
+    Verb("export",     "bksdm_tune.files.export_command", "files for ComfyUI, A1111, kohya, PEFT"),
     Verb("adapter",    "bksdm_tune.files.adapter_command", "inspect, merge, resize adapter files"),
     Verb("port",       "bksdm_tune.files.port_command", "move a LoRA between SD and its students"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),

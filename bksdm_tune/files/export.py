@@ -1,0 +1,314 @@
+"""Export a run or an adapter; every file is loaded again by another reader and asked the same.
+
+A format is a writer and a reader: the writer fills a scratch place, the reader loads from there
+with code that did not write it, one forward pass of both is compared; only then the file gets its
+name.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bksdm_tune.adapters import Provenance, read_provenance
+from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.files import ldm
+from bksdm_tune.files.answers import Answers, apart, ask
+from bksdm_tune.files.write import write_adapter
+from bksdm_tune.lora import fit, layouts
+from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update, resized
+from bksdm_tune.pipeline import load_part, load_pipeline
+from bksdm_tune.pipeline_folder import copy_other_parts
+from bksdm_tune.resolve import Parts
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
+"""Relative to the largest answer."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is exported: the parts with an adapter, or a full run and what it was tuned from."""
+
+    parts: Parts
+    before: Parts
+    """The same without the adapter, or the backbone of a full run."""
+    trigger: str | None
+    dtype: str = "fp32"
+    rank: int = 16
+
+    @property
+    def adapter(self) -> Path:
+        if self.parts.adapter is None:
+            raise UsageError("This format is for LoRAs; this run is a full one. Try --format svd.")
+        return self.parts.adapter
+
+
+class Format(NamedTuple):
+    """``write(source, target)`` fills a file or folder; ``read(source, target)`` gives answers."""
+
+    write: Callable[[Source, Path], None]
+    read: Callable[[Source, Path], Answers]
+    folder: bool
+    exact: bool = True
+    """Whether the answers are to be those of the source; an approximation only reports."""
+
+
+def export(source: Source, name: str, out: Path) -> dict[str, float]:
+    """Write ``out``; the largest difference of each answer, relative to the largest answer.
+
+    Raises:
+        UsageError: ``out`` is there already, or the format is not for this source.
+        DataError: the file answers differently; nothing is left.
+    """
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another --out.")
+    made = FORMATS[name]
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
+        target = Path(scratch) / out.name
+        if made.folder:
+            target.mkdir()
+        made.write(source, target)
+        expected = answers_of(source.parts)
+        found = apart(expected, made.read(source, target))
+        share = {k: v / float(expected[k].abs().max()) for k, v in found.items()}
+        limit = TOLERANCE[source.dtype if name in ("merged", "single-file") else "fp32"]
+        if made.exact and max(share.values()) > limit:
+            raise DataError(
+                f"The {name} file answers differently from what was exported ({share}); "
+                "nothing was written."
+            )
+        target.rename(out)
+    return share
+
+
+def answers_of(parts: Parts) -> Answers:
+    pipe = load_pipeline(parts, "cpu")
+    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+
+
+def provenance(source: Source) -> Provenance | None:
+    made_from = read_provenance(source.adapter)
+    if made_from is None or source.trigger is None:
+        return made_from
+    return replace(made_from, trigger=source.trigger)
+
+
+def write_diffusers(source: Source, target: Path) -> None:
+    write_adapter(target, layouts.read(source.adapter), "diffusers", provenance(source))
+
+
+def write_kohya(source: Source, target: Path) -> None:
+    adapter = layouts.read(source.adapter)
+    write_adapter(target, adapter, "kohya", provenance(source), **kohya_metadata(source, adapter))
+
+
+def kohya_metadata(source: Source, adapter: Adapter) -> dict[str, str]:
+    """What kohya's readers and model managers look for."""
+    ranks = [update.rank for update in adapter.updates.values()]
+    alphas = [u.rank if u.alpha is None else u.alpha for u in adapter.updates.values()]
+    v2 = is_v2(source.parts)
+    return {
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(max(ranks)),
+        "ss_network_alpha": str(max(alphas)),
+        "ss_base_model_version": "sd_v2" if v2 else "sd_v1",
+        "ss_v2": str(v2),
+        "ss_sd_model_name": source.before.name,
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"stable-diffusion-v{2 if v2 else 1}/lora",
+        "modelspec.implementation": "diffusers",
+        "modelspec.title": source.trigger or "",
+        "modelspec.trigger_phrase": source.trigger or "",
+    }
+
+
+def is_v2(parts: Parts) -> bool:
+    """SD-v2's text width; its files are laid out otherwise."""
+    config = json.loads((parts.unet / "config.json").read_text())
+    return bool(config.get("cross_attention_dim") == 1024)
+
+
+def read_lora(source: Source, target: Path) -> Answers:
+    """Through diffusers' own loader, into a fresh pipeline."""
+    pipe = load_pipeline(source.before, "cpu")
+    pipe.load_lora_weights(target.parent, weight_name=target.name)
+    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+
+
+def write_peft(source: Source, target: Path) -> None:
+    """A PEFT folder for each part."""
+    adapter = layouts.read(source.adapter)
+    metadata = json.loads(layouts.diffusers_metadata(adapter)["lora_adapter_metadata"])
+    for part in (UNET, TEXT):
+        if not adapter.of(part):
+            continue
+        (target / part).mkdir()
+        tensors = {}
+        for path, update in adapter.of(part).items():
+            name = f"base_model.model.{path.removeprefix('text_model.')}"
+            tensors[f"{name}.lora_A.weight"] = update.factors["down"].contiguous()
+            tensors[f"{name}.lora_B.weight"] = update.factors["up"].contiguous()
+        save_file(tensors, target / part / layouts.PEFT_FILE, {"format": "pt"})
+        config = {k.partition(".")[2]: v for k, v in metadata.items() if k.startswith(part)}
+        text = json.dumps(config, indent=2, sort_keys=True)
+        (target / part / layouts.PEFT_CONFIG).write_text(text + "\n")
+
+
+def read_peft(source: Source, target: Path) -> Answers:
+    from peft import PeftModel
+
+    models = {}
+    for part in (UNET, TEXT):
+        models[part] = load_part(source.before, part)
+        if (target / part).is_dir():
+            models[part] = PeftModel.from_pretrained(models[part], target / part).eval()
+    return ask(models[UNET], models[TEXT], load_part(source.before, "tokenizer"))
+
+
+def merged_parts(source: Source) -> dict[str, Any]:
+    """U-Net and text encoder with the adapter folded in, float32."""
+    models = {part: load_part(source.parts, part) for part in (UNET, TEXT)}
+    if source.parts.adapter is None:
+        return models
+    fit.check(source.parts.adapter, models[UNET].config)
+    adapter = layouts.read(source.parts.adapter)
+    for part, model in models.items():
+        modules = dict(model.named_modules())
+        for path, update in adapter.of(part).items():
+            layer = modules.get(path) or modules.get(path.removeprefix("text_model."))
+            if layer is None:
+                raise DataError(f"{source.parts.adapter}: the {part} has no layer {path}.")
+            with torch.no_grad():
+                layer.weight.copy_(update.merged(layer.weight))
+    return models
+
+
+def write_merged(source: Source, target: Path) -> None:
+    """A whole pipeline folder."""
+    models = merged_parts(source)
+    copy_other_parts(source.parts.root, target, tuple(models))
+    for part, model in models.items():
+        model.to(DTYPES[source.dtype]).save_pretrained(target / part, max_shard_size="100GB")
+
+
+def read_merged(source: Source, target: Path) -> Answers:
+    from diffusers import StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline.from_pretrained(target, safety_checker=None)
+    pipe.to(torch.float32)
+    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+
+
+def write_single_file(source: Source, target: Path) -> None:
+    """One checkpoint in LDM's layout, the VAE as it is."""
+    models = merged_parts(source) | {"vae": load_part(source.parts, "vae")}
+    dtype = DTYPES[source.dtype]
+    tensors = {
+        name: {key: value.to(dtype) for key, value in model.state_dict().items()}
+        for name, model in models.items()
+    }
+    whole = ldm.to_ldm(
+        (models[UNET].config, tensors[UNET]),
+        (models["vae"].config, tensors["vae"]),
+        tensors[TEXT],
+        is_v2(source.parts),
+    )
+    title = source.trigger or source.parts.name
+    save_file(whole, target, {"format": "pt", "modelspec.title": title})
+
+
+def read_single_file(source: Source, target: Path) -> Answers:
+    """The U-Net by diffusers' converter, the text encoder by our own way back."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    tensors = load_file(target)
+    models = {part: load_part(source.parts, part) for part in (UNET, TEXT)}
+    converted = convert_ldm_unet_checkpoint(dict(tensors), dict(models[UNET].config))
+    _load(models[UNET], converted)
+    _load(models[TEXT], ldm.text_from_ldm(tensors))
+    check_vae(source, tensors)
+    return ask(models[UNET], models[TEXT], load_part(source.parts, "tokenizer"))
+
+
+def check_vae(source: Source, tensors: dict[str, Tensor]) -> None:
+    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+
+    vae = load_part(source.parts, "vae")
+    found = convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))
+    for key, value in vae.state_dict().items():
+        wanted = value.to(DTYPES[source.dtype])
+        if key not in found or not torch.equal(found[key].reshape(wanted.shape), wanted):
+            raise DataError(f"The VAE's {key} reads back differently; nothing was written.")
+
+
+def _load(model: Any, tensors: dict[str, Tensor]) -> None:
+    own = model.state_dict()
+    plain = {k: tensors.get(k, tensors.get(f"text_model.{k}")) for k in own}
+    plain |= {k: tensors[k.removeprefix("text_model.")] for k, v in plain.items() if v is None}
+    model.load_state_dict({k: v.float() for k, v in plain.items() if v is not None})
+
+
+def write_svd(source: Source, target: Path) -> None:
+    """A LoRA of chosen rank nearest to what full tuning changed."""
+    if source.parts.adapter is not None:
+        raise UsageError("svd is for full runs; resize a LoRA with `bksdm-tune adapter resize`.")
+    updates: dict[str, Update] = {}
+    for part in (UNET, TEXT):
+        tuned, before = (load_part(p, part).state_dict() for p in (source.parts, source.before))
+        for key, value in tuned.items():
+            change = value.float() - before[key].float()
+            if value.ndim < 2 or "embeddings." in key or not key.endswith(".weight"):
+                continue
+            if float(change.abs().max()) == 0:
+                continue
+            whole = Update("lora", {"down": _eye(change), "up": change.flatten(1)})
+            path = key.removesuffix(".weight")
+            level = "text_model." if part == TEXT and not path.startswith("text_model.") else ""
+            updates[f"{part}.{level}{path}"] = resized(whole, source.rank)[0]
+    if not updates:
+        raise DataError("Nothing was changed by the tuning; there is nothing to extract.")
+    adapter = Adapter(dict(sorted(updates.items())), "diffusers")
+    write_adapter(target, adapter, "diffusers", None)
+
+
+def _eye(change: Tensor) -> Tensor:
+    inner = change[0].numel()
+    return torch.eye(inner).reshape(inner, *change.shape[1:])
+
+
+FORMATS = {
+    "diffusers": Format(write_diffusers, read_lora, folder=False),
+    "peft": Format(write_peft, read_peft, folder=True),
+    "kohya": Format(write_kohya, read_lora, folder=False),
+    "merged": Format(write_merged, read_merged, folder=True),
+    "single-file": Format(write_single_file, read_single_file, folder=False),
+    "svd": Format(write_svd, read_lora, folder=False, exact=False),
+}
+
+
+def energy(source: Source, target: Path) -> float:
+    """Share of the squared change of all matrices that a LoRA keeps."""
+    adapter, kept, total = layouts.read(target), 0.0, 0.0
+    for part in (UNET, TEXT):
+        tuned, before = (load_part(p, part).state_dict() for p in (source.parts, source.before))
+        updates = adapter.of(part)
+        for key, value in tuned.items():
+            if value.ndim < 2 or not key.endswith(".weight"):
+                continue
+            change = value.float() - before[key].float()
+            path = key.removesuffix(".weight")
+            update = updates.get(path) or updates.get(f"text_model.{path}")
+            total += float(change.square().sum())
+            if update is not None:
+                kept += float(update.delta().square().sum())
+    return kept / total if total else 1.0

@@ -1,0 +1,66 @@
+"""``bksdm-tune export``: a run or an adapter as a file that other tools open."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tyro.conf import Positional
+
+from bksdm_tune.config import check_range, parse
+from bksdm_tune.resolve import Parts, resolve
+
+
+@dataclass(frozen=True)
+class Config:
+    """Write a run or an adapter in another tool's format, read it back, and compare."""
+
+    model: Positional[str]
+    """Run folder, adapter file, or (merged, single-file) any backbone."""
+    format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "svd"]
+    """diffusers, peft, kohya: the adapter; merged: a whole pipeline with it folded in; single-file:
+    the same as one checkpoint in LDM's layout (ComfyUI, A1111); svd: a LoRA out of a full run."""
+    out: Path
+    """File or, for peft and merged, folder to write."""
+    dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
+    """Of merged and single-file."""
+    rank: int = 16
+    """Of svd."""
+    backbone: str | None = None
+    """What an adapter file goes on; default: what its metadata names."""
+    base: str | None = None
+    """Where the other parts come from, if the backbone is a U-Net alone."""
+
+    def __post_init__(self) -> None:
+        check_range("--rank", self.rank, 1)
+
+
+def main(argv: list[str]) -> int:
+    config = parse(Config, argv, "bksdm-tune export")
+    from bksdm_tune.files.export import Source, energy, export
+    from bksdm_tune.generate import Config as Drawing
+    from bksdm_tune.generate import find_model
+
+    model = find_model(Drawing(config.model, "", backbone=config.backbone, base=config.base))
+    before = replace(model.parts, adapter=None)
+    if model.parts.adapter is None:
+        before = tuned_from(config.model, before)
+    source = Source(model.parts, before, model.trigger, config.dtype, config.rank)
+    found = export(source, config.format, config.out)
+    print(f"Wrote {config.out}. Read back and asked the same, the largest difference is:")
+    for name, value in found.items():
+        print(f"  {name}: {value:.2g} of the largest answer")
+    if config.format == "svd":
+        print(f"Rank {config.rank} keeps {100 * energy(source, config.out):.2f} % of the change.")
+    return 0
+
+
+def tuned_from(model: str, parts: Parts) -> Parts:
+    """The backbone of a full run; of anything else itself."""
+    from bksdm_tune.artifacts import MANIFEST, read_manifest
+
+    if not (Path(model) / MANIFEST).is_file():
+        return parts
+    trained_on = read_manifest(Path(model))["parents"].get("backbone")
+    return resolve(trained_on["ref"], trained_on.get("base")) if trained_on else parts

@@ -1,0 +1,192 @@
+"""Every exported file, loaded by a reader that did not write it, is the model that was exported."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from bksdm_tune.cli import main
+from bksdm_tune.files import export as exports
+from bksdm_tune.files import ldm
+from bksdm_tune.files.answers import question
+from bksdm_tune.lora.fit import config_of
+from tiny import make_pipeline
+
+ADAPTER_FORMATS = ("diffusers", "peft", "kohya", "merged", "single-file")
+KINDS = [("base", False, True), ("small", True, False), ("tiny", False, False),
+         ("teacher", True, True)]  # size, v2, text encoder trained  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """LoRA runs of alpha 3 at rank 2 (text encoder 5 at 2), made once each; full runs."""
+    made: dict[tuple[Any, ...], Path] = {}
+
+    def run(size: str, v2: bool, text: bool, full: bool = False) -> Path:
+        key = (size, v2, text, full)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("run")
+            backbone = make_pipeline(folder / "backbone", size=size, v2=v2)
+            lora = ["--lora", "--rank", "2", "--alpha", "3", "--text-encoder-rank", "2",
+                    "--text-encoder-alpha", "5"]  # fmt: skip
+            words = ["--subject", "dog", "--backbone", str(backbone), "--steps", "3"]
+            words += ["--train-text-encoder", str(text).lower(), "--learning-rate", "0.05"]
+            words += ["--preview-prompts", "--prior", "none", "--out", str(folder / "run")]
+            assert main(["dreambooth", *words, *([] if full else lora)]) == 0
+            made[key] = folder / "run"
+        return made[key]
+
+    return run
+
+
+def target(folder: Path, name: str) -> Path:
+    return folder / (name if name in ("peft", "merged") else f"{name}.safetensors")
+
+
+@pytest.mark.parametrize("name", ADAPTER_FORMATS)
+@pytest.mark.parametrize(("size", "v2", "text"), KINDS)
+def test_a_lora_run_in_every_format(
+    runs: Any, tmp_path: Path, size: str, v2: bool, text: bool, name: str, capsys: Any
+) -> None:
+    """The command compares to 1e-5 of the largest answer itself; here once more by hand."""
+    run, out = runs(size, v2, text), target(tmp_path, name)
+    assert main(["export", str(run), "--format", name, "--out", str(out), "--dtype", "fp32"]) == 0
+    assert "U-Net: " in capsys.readouterr().out
+    made_on = Path(json.loads((run / "manifest.json").read_text())["parents"]["backbone"]["ref"])
+    ours = loaded(made_on, run / "pytorch_lora_weights.safetensors")
+    plain = predicted(StableDiffusionPipeline.from_pretrained(made_on, safety_checker=None))
+    if name in ("diffusers", "kohya"):
+        theirs = loaded(made_on, out)
+    elif name == "merged":
+        theirs = predicted(StableDiffusionPipeline.from_pretrained(out, safety_checker=None))
+    else:
+        return  # read by PEFT and by diffusers' converter in the command
+    assert float((ours - theirs).abs().max()) < 1e-5
+    assert float((ours - plain).abs().max()) > 1e-3  # the adapter does something
+
+
+def loaded(backbone: Path, adapter: Path) -> torch.Tensor:
+    pipe = StableDiffusionPipeline.from_pretrained(backbone, safety_checker=None)
+    pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    return predicted(pipe)
+
+
+@torch.inference_mode()
+def predicted(pipe: Any) -> torch.Tensor:
+    ids = pipe.tokenizer(["sks11df dog"] * 2, padding="max_length", return_tensors="pt").input_ids
+    noisy, timesteps = question(pipe.unet.config)
+    said: torch.Tensor = pipe.unet(noisy, timesteps, pipe.text_encoder(ids)[0]).sample
+    return said
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_half_precision_says_how_far_it_is(
+    runs: Any, tmp_path: Path, dtype: str, capsys: Any
+) -> None:
+    out = tmp_path / "merged"
+    words = ["export", str(runs("base", False, True)), "--format", "merged", "--dtype", dtype]
+    assert main([*words, "--out", str(out)]) == 0
+    assert "of the largest answer" in capsys.readouterr().out
+    tensors = load_file(out / "unet/diffusion_pytorch_model.safetensors")
+    assert {str(t.dtype)[6:] for t in tensors.values()} == {
+        {"fp16": "float16", "bf16": "bfloat16"}[dtype]
+    }
+
+
+def test_kohyas_metadata(runs: Any, tmp_path: Path) -> None:
+    out = tmp_path / "k.safetensors"
+    run = runs("base", False, True)
+    assert main(["export", str(run), "--format", "kohya", "--out", str(out)]) == 0
+    with safe_open(out, "pt") as file:
+        said, keys = file.metadata(), list(file.keys())
+    assert said["ss_network_dim"] == "2" and said["modelspec.trigger_phrase"] == "sks11df dog"
+    assert all(key.startswith(("lora_unet_", "lora_te_text_model_encoder_layers_")) for key in keys)
+    assert any("mlp_fc1" in key for key in keys) and any("ff_net_0_proj" in key for key in keys)
+
+
+def test_a_full_run_as_one_file_and_as_a_lora(runs: Any, tmp_path: Path, capsys: Any) -> None:
+    """At full rank the LoRA is the change of the matrices; at rank 1 less of it."""
+    run, shares = runs("tiny", False, False, True), []
+    for rank in (64, 1):
+        out = tmp_path / f"{rank}.safetensors"
+        words = ["export", str(run), "--format", "svd", "--rank", str(rank), "--out", str(out)]
+        assert main(words) == 0
+        shares.append(float(capsys.readouterr().out.split("keeps ")[1].split(" %")[0]))
+    assert shares[0] == pytest.approx(100, abs=0.01) and 10 < shares[1] < 99
+    one = ["export", str(run), "--format", "single-file", "--dtype", "fp32"]
+    assert main([*one, "--out", str(tmp_path / "whole.safetensors")]) == 0
+    assert main(["export", str(run), "--format", "kohya", "--out", str(tmp_path / "x")]) == 2
+    assert "--format svd" in capsys.readouterr().err and not (tmp_path / "x").exists()
+
+
+def test_a_file_that_answers_differently_is_not_left(
+    runs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """An alpha lost on the way, as other tools lose it."""
+
+    def careless(source: Any, path: Path) -> None:
+        exports.write_kohya(source, path)
+        tensors = load_file(path)
+        from safetensors.torch import save_file
+
+        save_file({k: v for k, v in tensors.items() if not k.endswith(".alpha")}, path)
+
+    formats = exports.FORMATS | {"kohya": exports.FORMATS["kohya"]._replace(write=careless)}
+    monkeypatch.setattr(exports, "FORMATS", formats)
+    out = tmp_path / "k.safetensors"
+    run = runs("base", False, True)
+    assert main(["export", str(run), "--format", "kohya", "--out", str(out)]) == 3
+    assert "answers differently" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nothing_is_overwritten(runs: Any, tmp_path: Path, capsys: Any) -> None:
+    out = tmp_path / "k.safetensors"
+    out.write_text("mine")
+    words = ["export", str(runs("base", False, True)), "--format", "kohya", "--out", str(out)]
+    assert main(words) == 2
+    assert "is there already" in capsys.readouterr().err and out.read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["sd-v1", "bk-base", "bk-small", "bk-tiny", "bk-v2-base"])
+def test_block_numbers_agree_with_diffusers_converter(name: str) -> None:
+    """Every tensor of the full-size U-Nets, by value: each is filled with its own number."""
+    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+
+    config = config_of(name)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(config)
+    keys = list(unet.state_dict())
+    names = ldm.unet_names(unet.config, keys)
+    assert len(set(names.values())) == len(keys)
+    numbered = {names[key]: torch.full((1,), float(i)) for i, key in enumerate(keys)}
+    back = convert_ldm_unet_checkpoint(numbered, dict(unet.config))
+    assert {key: float(value) for key, value in back.items()} == {
+        key: float(i) for i, key in enumerate(keys)
+    }
+
+
+def test_one_file_comes_back_bit_for_bit(runs: Any, tmp_path: Path) -> None:
+    """By our own way back, the VAE's matrices and open_clip's joined q, k, v included."""
+    run = runs("small", True, False)
+    base = Path(json.loads((run / "manifest.json").read_text())["parents"]["backbone"]["ref"])
+    pipe = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
+    parts = [{k: v.clone() for k, v in m.state_dict().items()}
+             for m in (pipe.unet, pipe.vae, pipe.text_encoder)]  # fmt: skip
+    for v2 in (False, True):
+        whole = ldm.to_ldm((pipe.unet.config, parts[0]), (pipe.vae.config, parts[1]), parts[2], v2)
+        back = ldm.from_ldm(
+            whole, pipe.unet.config, list(parts[0]), pipe.vae.config, list(parts[1])
+        )
+        text = {k.removeprefix("text_model."): v for k, v in parts[2].items()}
+        for before, after in zip([parts[0], parts[1], text], back, strict=True):
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before)
