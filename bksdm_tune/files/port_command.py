@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from tyro.conf import Positional, arg
 
-from bksdm_tune.config import parse
+from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
+from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,20 @@ class Config:
     """File to write, in diffusers' layout."""
     source: Annotated[str | None, arg(name="from")] = None
     """What it was made for; default: what its metadata or its layers say."""
+    heal: bool = False
+    """Then train it, without photos, until the student with it does as the teacher with the
+    original; from a teacher to a student only."""
+    subject: str | None = None
+    """What the adapter means in a prompt, for --heal: "sks dog"; default: its trigger words."""
+    teacher: str | None = None
+    """Backbone that the original is for, for --heal; default: the one of that name."""
+    student: str | None = None
+    """Backbone to port to, for --heal; default: the one of that name."""
+    heal_steps: int = 300
+    """Optimiser steps of --heal."""
+
+    def __post_init__(self) -> None:
+        check_range("--heal-steps", self.heal_steps, 1)
 
 
 def main(argv: list[str]) -> int:
@@ -38,7 +54,8 @@ def main(argv: list[str]) -> int:
     source = known(config.source, "--from") if config.source else None
     source = source or architecture_of(config.file, adapter)
     moved, dropped = port(adapter, source, target)
-    record = provenance_of(target, trigger(adapter.metadata), f"ported from {source}")
+    words = config.subject or trigger(adapter.metadata)
+    record = provenance_of(target, words, f"ported from {source}")
     write_adapter(config.out, moved, "diffusers", record)
     print(
         f"Wrote {config.out}: {len(moved.of('unet'))} U-Net layers from {source} to {target}, "
@@ -47,7 +64,51 @@ def main(argv: list[str]) -> int:
     if dropped:
         print(f"Dropped {len(dropped)} layers that {target} has not:")
         print("\n".join(f"  {path}" for path in dropped))
+    if config.heal:
+        again = mend(config, source, target, words)
+        write_adapter(config.out, again, "diffusers", record)
+        print(f"Healed {config.out} in {config.heal_steps} steps.")
     return 0
+
+
+def mend(config: Config, source: str, target: str, words: str | None) -> Any:
+    """The adapter at ``--out`` after healing.
+
+    Raises:
+        UsageError: nothing says what the adapter means.
+    """
+    if words is None:
+        raise UsageError('--heal needs to know what the adapter means: --subject "sks dog".')
+    from bksdm_tune.artifacts import locked, sha256_file
+    from bksdm_tune.files.heal import Healing, heal
+    from bksdm_tune.pipeline import best_device
+    from bksdm_tune.resolve import resolve
+    from bksdm_tune.runs import occupy
+
+    teacher = replace(resolve(config.teacher or registered(source)), adapter=config.file.resolve())
+    student = replace(resolve(config.student or registered(target)), adapter=config.out.resolve())
+    healing = Healing(
+        teacher, student, prompts_of(words), steps=config.heal_steps, device=best_device()
+    )
+    folder = config.out.with_suffix(".healing")  # so that it can be interrupted
+    facts = {"file": sha256_file(config.file), "from": source, "to": target, "words": words}
+    with locked(folder):
+        occupy(folder, facts | {"steps": config.heal_steps}, "healing", "another healing")
+        result = heal(healing, folder)
+    shutil.rmtree(folder)
+    return result
+
+
+def prompts_of(words: str) -> tuple[str, ...]:
+    """The subject in every DreamBooth scene, and its class, to be left as the teacher leaves it."""
+    noun = words.split(maxsplit=1)[-1]
+    templates = LIVE_PROMPTS if noun in LIVE_CLASSES else OBJECT_PROMPTS
+    return (*(t.replace("{0} {1}", words) for t in templates), f"a {words}", f"a {noun}")
+
+
+def registered(name: str) -> str:
+    """The registry row of an architecture's weights: sd-v1-4 for sd-v1."""
+    return {"sd-v1": "sd-v1-4", "sd-v2": "sd-v2-1-base"}.get(name, name)
 
 
 def known(name: str, flag: str) -> str:
