@@ -49,6 +49,7 @@ VERBS = (
     Verb("export",     "bksdm_tune.files.export_command", "files for ComfyUI, A1111, kohya, PEFT"),
     Verb("adapter",    "bksdm_tune.files.adapter_command", "inspect, merge, resize adapter files"),
     Verb("port",       "bksdm_tune.files.port_command", "move a LoRA between SD and its students"),
+    Verb("push",       "bksdm_tune.files.push",         "upload a run to the Hugging Face Hub"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),
 )
 # fmt: on
