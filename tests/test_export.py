@@ -87,6 +87,25 @@ def predicted(pipe: Any) -> torch.Tensor:
     return said
 
 
+@pytest.mark.parametrize(("size", "v2", "text"), KINDS[:2])
+def test_onnx_answers_the_same(
+    runs: Any, tmp_path: Path, size: str, v2: bool, text: bool, capsys: Any
+) -> None:
+    """To 1e-4 in the command; here at another batch size, which the graph must allow."""
+    import onnxruntime
+
+    run, out = runs(size, v2, text), tmp_path / "onnx"
+    assert main(["export", str(run), "--format", "onnx", "--out", str(out)]) == 0
+    assert "VAE decoder: " in capsys.readouterr().out
+    session = onnxruntime.InferenceSession(out / "unet/model.onnx")
+    feed = {"sample": torch.randn(3, 4, 8, 8).numpy(), "timestep": torch.tensor([1, 2, 3]).numpy(),
+            "encoder_hidden_states": torch.randn(3, 77, 16).numpy()}  # fmt: skip
+    (said,) = session.run(["out_sample"], feed)
+    assert said.shape == (3, 4, 8, 8)
+    names = {"unet", "text_encoder", "vae_decoder", "vae_encoder", "tokenizer", "scheduler"}
+    assert names <= {path.name for path in out.iterdir()}
+
+
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_half_precision_says_how_far_it_is(
     runs: Any, tmp_path: Path, dtype: str, capsys: Any

@@ -15,13 +15,18 @@ Answers = dict[str, Tensor]
 
 
 @torch.inference_mode()
-def ask(unet: Any, text_encoder: Any, tokenizer: Any) -> Answers:
-    """Prompt embeddings, and the U-Net's predictions for them at two timesteps; float32."""
+def ask(unet: Any, text_encoder: Any, tokenizer: Any, vae: Any = None) -> Answers:
+    """Prompt embeddings, the U-Net's predictions for them at two timesteps, and, given a VAE, what
+    it decodes; float32."""
     ids = tokenise(tokenizer, [PROMPT] * len(TIMESTEPS)).to(text_encoder.device)
     embeds = text_encoder(ids)[0]
     noisy, timesteps = question(unet.config, unet.device)
     said = unet(noisy.to(unet.dtype), timesteps, embeds.to(unet.dtype)).sample
-    return {"text encoder": embeds.float().cpu(), "U-Net": said.float().cpu()}
+    answers = {"text encoder": embeds.float().cpu(), "U-Net": said.float().cpu()}
+    if vae is not None:
+        pixels = vae.decode(latents(unet.config, vae.device).to(vae.dtype)).sample
+        answers["VAE decoder"] = pixels.float().cpu()
+    return answers
 
 
 def question(config: Any, device: Any = "cpu") -> tuple[Tensor, Tensor]:
@@ -32,6 +37,11 @@ def question(config: Any, device: Any = "cpu") -> tuple[Tensor, Tensor]:
     return torch.randn(shape, generator=generator).to(device), torch.tensor(TIMESTEPS).to(device)
 
 
+def latents(config: Any, device: Any = "cpu") -> Tensor:
+    """Latents NCHW to decode."""
+    return question(config, device)[0]
+
+
 def apart(a: Answers, b: Answers) -> dict[str, float]:
-    """Largest difference of each answer."""
-    return {name: float((a[name] - b[name]).abs().max()) for name in a}
+    """Largest difference of each answer that both give."""
+    return {name: float((a[name] - b[name]).abs().max()) for name in a if name in b}

@@ -20,18 +20,18 @@ from torch import Tensor
 
 from bksdm_tune.adapters import Provenance, read_provenance
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.files import ldm
+from bksdm_tune.files import ldm, onnx_format
 from bksdm_tune.files.answers import Answers, apart, ask
 from bksdm_tune.files.write import write_adapter
 from bksdm_tune.lora import fit, layouts
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update, resized
 from bksdm_tune.pipeline import load_part, load_pipeline
 from bksdm_tune.pipeline_folder import copy_other_parts
-from bksdm_tune.resolve import Parts
+from bksdm_tune.resolve import Parts, unet_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
-"""Relative to the largest answer."""
+APPROXIMATE = float("inf")  # only reported
 
 
 @dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Format(NamedTuple):
     write: Callable[[Source, Path], None]
     read: Callable[[Source, Path], Answers]
     folder: bool
-    exact: bool = True
-    """Whether the answers are to be those of the source; an approximation only reports."""
+    tolerance: float | None = 1e-5
+    """Relative to the largest answer; None: what the dtype allows."""
 
 
 def export(source: Source, name: str, out: Path) -> dict[str, float]:
@@ -81,8 +81,8 @@ def export(source: Source, name: str, out: Path) -> dict[str, float]:
         expected = answers_of(source.parts)
         found = apart(expected, made.read(source, target))
         share = {k: v / float(expected[k].abs().max()) for k, v in found.items()}
-        limit = TOLERANCE[source.dtype if name in ("merged", "single-file") else "fp32"]
-        if made.exact and max(share.values()) > limit:
+        limit = made.tolerance or TOLERANCE[source.dtype]
+        if max(share.values()) > limit:
             raise DataError(
                 f"The {name} file answers differently from what was exported ({share}); "
                 "nothing was written."
@@ -93,7 +93,7 @@ def export(source: Source, name: str, out: Path) -> dict[str, float]:
 
 def answers_of(parts: Parts) -> Answers:
     pipe = load_pipeline(parts, "cpu")
-    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.vae)
 
 
 def provenance(source: Source) -> Provenance | None:
@@ -258,6 +258,15 @@ def _load(model: Any, tensors: dict[str, Tensor]) -> None:
     model.load_state_dict({k: v.float() for k, v in plain.items() if v is not None})
 
 
+def write_onnx(source: Source, target: Path) -> None:
+    models = merged_parts(source) | {"vae": load_part(source.parts, "vae")}
+    onnx_format.write(models, load_part(source.parts, "tokenizer"), source.parts, target)
+
+
+def read_onnx(source: Source, target: Path) -> Answers:
+    return onnx_format.read(load_part(source.parts, "tokenizer"), unet_config(source.parts), target)
+
+
 def write_svd(source: Source, target: Path) -> None:
     """A LoRA of chosen rank nearest to what full tuning changed."""
     if source.parts.adapter is not None:
@@ -290,9 +299,10 @@ FORMATS = {
     "diffusers": Format(write_diffusers, read_lora, folder=False),
     "peft": Format(write_peft, read_peft, folder=True),
     "kohya": Format(write_kohya, read_lora, folder=False),
-    "merged": Format(write_merged, read_merged, folder=True),
-    "single-file": Format(write_single_file, read_single_file, folder=False),
-    "svd": Format(write_svd, read_lora, folder=False, exact=False),
+    "merged": Format(write_merged, read_merged, True, tolerance=None),
+    "single-file": Format(write_single_file, read_single_file, False, tolerance=None),
+    "onnx": Format(write_onnx, read_onnx, folder=True, tolerance=1e-4),
+    "svd": Format(write_svd, read_lora, folder=False, tolerance=APPROXIMATE),
 }
 
 

@@ -17,12 +17,13 @@ class Config:
     """Write a run or an adapter in another tool's format, read it back, and compare."""
 
     model: Positional[str]
-    """Run folder, adapter file, or (merged, single-file) any backbone."""
-    format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "svd"]
+    """Run folder, adapter file, or (merged, single-file, onnx) any backbone."""
+    format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "onnx", "svd"]
     """diffusers, peft, kohya: the adapter; merged: a whole pipeline with it folded in; single-file:
-    the same as one checkpoint in LDM's layout (ComfyUI, A1111); svd: a LoRA out of a full run."""
+    the same as one checkpoint in LDM's layout (ComfyUI, A1111); onnx: U-Net, text encoder and VAE
+    for onnxruntime; svd: a LoRA out of a full run."""
     out: Path
-    """File or, for peft and merged, folder to write."""
+    """File or, for peft, merged and onnx, folder to write."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Of merged and single-file."""
     rank: int = 16
