@@ -5,8 +5,8 @@
 Runs ``tests/lora``'s ``PeftLoraLoaderMixinTests`` of a diffusers checkout from a scratch copy.
 Only two things are ours: the U-Net's shape, and ``save_lora_weights``, which writes by
 ``bksdm_tune.files.write``, so that what diffusers loads in its tests are this program's files;
-pickles, which this program never writes, are left to diffusers.  Needs pytest and parameterized; text
-encoder and tokenizer are random small ones, not the Hub's.
+pickles, which this program never writes, are left to diffusers.  Needs pytest and parameterized;
+text encoder and tokenizer are random small ones, not the Hub's.
 """
 
 from __future__ import annotations
