@@ -1,0 +1,1 @@
+"""The Gradio app: views over the functions that the command line calls."""
