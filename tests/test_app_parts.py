@@ -162,8 +162,9 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def make_job(backbone: Path, library: Path, name: str, steps: int, **more: Any) -> Job:
     run = library / name
-    words = ["dreambooth", "--subject", "dog", "--lora", "--backbone", str(backbone), "--steps",
-             str(steps), "--preview-prompts", "--checkpoint-every", "10", "--out", str(run)]  # fmt: skip
+    words = ["dreambooth", "--subject", "dog", "--lora", "--backbone", str(backbone)]
+    words += ["--steps", str(steps), "--preview-prompts", "--checkpoint-every", "10"]
+    words += ["--out", str(run)]
     return Job(name, tuple(words), run, steps, **more)
 
 
