@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,9 @@ from bksdm_tune.resolve import Parts, unet_config
 # diffusers warns about the safety checker that small and compressed pipelines do not ship.
 logging.getLogger("diffusers").setLevel(logging.ERROR)
 disable_progress_bar()  # transformers' own, one for each part that loads
+
+
+OnStep = Callable[[float], None]
 
 
 @dataclass(frozen=True)
@@ -83,18 +86,26 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     dtype = torch.float32 if device == "cpu" else torch.float16
     config = unet_config(parts)
     if parts.adapter is not None:
-        fit.check(parts.adapter, config)
+        fit.check(parts.adapter, config)  # before gigabytes are loaded
     unet, vae, text_encoder = (load_part(parts, p, dtype) for p in ("unet", "vae", "text_encoder"))
     text = (load_part(parts, "tokenizer"), text_encoder)
     pipe = assemble(unet, vae, load_part(parts, "scheduler"), text).to(device)
     if parts.adapter is not None:
-        try:
-            pipe.load_lora_weights(parts.adapter.parent, weight_name=parts.adapter.name)
-        except (RuntimeError, ValueError) as error:
-            raise DataError(
-                f"{parts.adapter} does not fit {parts.name}: {str(error).splitlines()[0]}"
-            ) from None
+        put_on(pipe, parts.adapter, parts.name)
     return pipe
+
+
+def put_on(pipe: Any, adapter: Path, name: str) -> None:
+    """Load a LoRA into a pipeline of the backbone ``name``.
+
+    Raises:
+        DataError: it belongs to another architecture, or does not fit.
+    """
+    fit.check(adapter, pipe.unet.config)
+    try:
+        pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{adapter} does not fit {name}: {str(error).splitlines()[0]}") from None
 
 
 @torch.inference_mode()
@@ -105,16 +116,19 @@ def draw(
     size: int | None = None,
     title: str = "drawing",
     embeds: dict[str, torch.Tensor] | None = None,
+    on_step: OnStep | None = None,
 ) -> list[Image.Image]:
     """One RGB picture a shot, in order.
 
     Each shot has its own generator on the CPU, so neither batch size nor device changes the noise.
     ``embeds`` replaces the text encoder: prompt -> (1, tokens, width), '' for no prompt.
+    ``on_step`` is told the share that is done after every denoising step; what it raises ends it.
     """
     settings = {(shot.steps, shot.guidance_scale) for shot in shots}
     if len(settings) > 1:
         raise UsageError("Pictures drawn together need the same steps and guidance scale.")
     pictures: list[Image.Image] = []
+    batches = -(-len(shots) // batch_size)
     with tqdm(total=len(shots), desc=title, unit="img", disable=None) as bar:
         for start in range(0, len(shots), batch_size):
             batch = shots[start : start + batch_size]
@@ -136,9 +150,23 @@ def draw(
                 generator=[torch.Generator().manual_seed(shot.seed) for shot in batch],
                 height=size,
                 width=size,
+                callback_on_step_end=_telling(
+                    on_step, start // batch_size, batches, batch[0].steps
+                ),
             ).images
             bar.update(len(batch))
     return pictures
+
+
+def _telling(on_step: OnStep | None, batch: int, batches: int, steps: int) -> Any:
+    if on_step is None:
+        return None
+
+    def tell(pipe: Any, step: int, timestep: Any, given: dict[str, Any]) -> dict[str, Any]:
+        on_step((batch + min(1.0, (step + 1) / steps)) / batches)
+        return given
+
+    return tell
 
 
 def expand(shot: Shot, count: int) -> list[Shot]:

@@ -1,0 +1,160 @@
+"""Models in memory for drawing: loaded on first use, adapters swapped without loading them again.
+
+One request draws at a time; the web server's queue decides whose.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from bksdm_tune.app.library import Library, Model
+from bksdm_tune.artifacts import sha256_file
+from bksdm_tune.config import check_range
+from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.generate import SUBJECT, fill_subject
+from bksdm_tune.pipeline import Shot, best_device, draw, expand, load_pipeline, put_on
+from bksdm_tune.resolve import Parts, resolve
+
+KEPT = 2  # pipelines in memory
+MOST_PICTURES, MOST_STEPS, LONGEST_PROMPT = 16, 150, 2000
+
+
+class Cancelled(Exception):
+    """The person who asked does not want it any more."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to draw, with a ``model`` of the library, its slug, or a ``backbone``, as --backbone."""
+
+    prompt: str
+    model: str | None = None
+    backbone: str | None = None
+    negative_prompt: str = ""
+    n: int = 1
+    seed: int = 0
+    steps: int = 25
+    guidance: float = 7.5
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if (self.model is None) == (self.backbone is None):
+            raise UsageError("Choose a model to draw with.")
+        if not self.prompt.strip():
+            raise UsageError("Write a prompt: what should be in the picture?")
+        for text in (self.prompt, self.negative_prompt):
+            if len(text) > LONGEST_PROMPT or "\0" in text:
+                raise UsageError(f"A prompt has at most {LONGEST_PROMPT} characters.")
+        check_range("Pictures", self.n, 1, MOST_PICTURES)
+        check_range("Seed", self.seed, 0, 2**62)
+        check_range("Steps", self.steps, 1, MOST_STEPS)
+        check_range("Guidance", self.guidance, 0, 50)
+        check_range("Strength", self.strength, 0, 2)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Pictures with what made them, and the seconds a picture took."""
+
+    pictures: list[Image.Image]
+    shots: list[Shot]
+    seconds: float
+
+
+class Engine:
+    """Draws requests, a few pipelines being kept."""
+
+    def __init__(self, library: Library, device: str | None = None) -> None:
+        self.library, self.device = library, device or best_device()
+        self.lock = threading.Lock()
+        self.pipes: OrderedDict[tuple[str, str], Any] = OrderedDict()
+        self.worn: dict[tuple[str, str], str] = {}
+        """Pipeline -> hash of the adapter it carries."""
+
+    def draw(self, request: Request, on_step: Callable[[float], None]) -> Drawn:
+        """
+        Raises:
+            UsageError, DataError: what is wrong with the request or its model.
+            Cancelled: from ``on_step``.
+        """
+        parts, trigger, side = self.find(request)
+        prompt = fill_subject(request.prompt, trigger)
+        shot = Shot(prompt, request.seed, request.steps, request.guidance, request.negative_prompt)
+        shots = expand(shot, request.n)
+        with self.lock:
+            pipe = self.dressed(parts, request.strength)
+            started = time.perf_counter()
+            size = 4 if (side or 512) > 128 else 16
+            pictures = draw(pipe, shots, size, side, "drawing", on_step=on_step)
+            return Drawn(pictures, shots, (time.perf_counter() - started) / len(shots))
+
+    def find(self, request: Request) -> tuple[Parts, str | None, int | None]:
+        """Parts, what {subject} means, side in pixels."""
+        if request.backbone is not None:
+            return resolve(request.backbone), None, None
+        assert request.model is not None
+        model: Model = self.library.get(request.model)
+        side = model.manifest["config"].get("training", {}).get("resolution")
+        return resolve(str(model.folder)), model.trigger or None, side
+
+    def dressed(self, parts: Parts, strength: float) -> Any:
+        """The backbone's pipeline, with the adapter on, or with none."""
+        key = (str(parts.unet), str(parts.root))
+        pipe = self.pipes.pop(key, None)
+        if pipe is None:
+            pipe = load_pipeline(replace(parts, adapter=None), self.device)
+            self.worn.pop(key, None)
+        self.pipes[key] = pipe
+        while len(self.pipes) > KEPT:
+            old, _ = self.pipes.popitem(last=False)
+            self.worn.pop(old, None)
+        wanted = None if parts.adapter is None else sha256_file(parts.adapter)
+        if self.worn.get(key) != wanted:
+            if self.worn.pop(key, None) is not None:
+                pipe.unload_lora_weights()
+            if parts.adapter is not None and wanted is not None:
+                put_on(pipe, parts.adapter, parts.name)
+                self.worn[key] = wanted
+        if parts.adapter is not None:
+            names = pipe.get_list_adapters()
+            used = sorted({name for part in names.values() for name in part})
+            pipe.set_adapters(used, [strength] * len(used))
+        return pipe
+
+    def preload(self, ref: str) -> None:
+        """Load a backbone before anybody asks."""
+        with self.lock:
+            self.dressed(resolve(ref), 1.0)
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """What a PNG of this program says it was drawn with, as fields of a request.
+
+    Raises:
+        DataError: it is no picture, or says nothing.
+    """
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            said = json.loads(image.info.get("bksdm_tune", "null"))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        raise DataError("That is no PNG file.") from None
+    if not isinstance(said, dict) or "prompt" not in said:
+        raise DataError("That picture does not say how it was drawn; only this program's do.")
+    known = {field.name for field in fields(Shot)}
+    return {name: value for name, value in said.items() if name in known}
+
+
+def example_prompts(live: bool) -> list[str]:
+    """The 25 DreamBooth prompts with {subject}."""
+    from subjects.catalogue import LIVE_PROMPTS, OBJECT_PROMPTS
+
+    return [t.replace("{0} {1}", SUBJECT) for t in (LIVE_PROMPTS if live else OBJECT_PROMPTS)]
