@@ -179,4 +179,7 @@ def read_provenance(path: Path) -> Provenance | None:
     _, metadata = read_adapter(path)
     if PROVENANCE not in metadata:
         return None
-    return Provenance(**json.loads(metadata[PROVENANCE]))
+    try:
+        return Provenance(**json.loads(metadata[PROVENANCE]))
+    except (ValueError, TypeError):
+        raise DataError(f"{path} has metadata of this program that it cannot read.") from None

@@ -89,6 +89,15 @@ def without_steps(facts: dict[str, Any]) -> dict[str, Any]:
     return facts | {"training": training}
 
 
+def seconds_before(folder: Path) -> float:
+    """What the steps up to the newest checkpoint took, in the calls before this one."""
+    reached = max((step for step, _ in list_checkpoints(folder)), default=0)
+    log = folder / "log.jsonl"
+    lines = log.read_text("utf-8").splitlines() if log.is_file() else []
+    rows = [json.loads(line) for line in lines if line.endswith("}")]
+    return float(sum(row["seconds"] for row in rows if row["step"] <= reached))
+
+
 def _finished(folder: Path, kind: str, steps: int) -> bool:
     """A finished run with fewer steps than asked for is opened again; its checkpoints go on."""
     if not (folder / MANIFEST).is_file():

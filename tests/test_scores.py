@@ -179,7 +179,7 @@ def test_the_report_opens_offline(world: dict[str, Any]) -> None:
 
 
 FAULTS: dict[str, tuple[Any, str]] = {
-    "truncated": (lambda f, rows: cut(f / rows[0]["path"]), "photo0.png: is damaged or truncated"),
+    "truncated": (lambda f, rows: cut(f / rows[0]["path"]), "photo0.png is damaged or truncated"),
     "duplicate": (lambda f, rows: rows.append(dict(rows[3])), "the same generated as line 4"),
     "unknown field": (lambda f, rows: rows[3].update(colour="red"), "line 4: a generated row has"),
     "lacking field": (lambda f, rows: rows[3].pop("seed"), "line 4: a generated row needs seed"),
@@ -281,3 +281,66 @@ def test_what_to_score_is_said_once(capsys: Any) -> None:
 def test_a_manifest_that_is_not_there(tmp_path: Path, capsys: Any) -> None:
     assert main(["score", "--manifest", "nowhere.jsonl", "--out", str(tmp_path)]) == 3
     assert "nowhere.jsonl is not there" in capsys.readouterr().err
+
+
+def test_paths_and_numbers_of_other_tools(copy: Any, judges: Any) -> None:
+    """./a//b.png is a/b.png, seeds have 64 bits, prompt ids may be numbers."""
+    folder, rows = copy
+    rows = [row for row in rows if row["subject_id"] == "dog"]
+    rows[0]["path"] = f"./{rows[0]['path']}"
+    rows[2] |= {"path": rows[2]["path"].replace("/", "//"), "seed": 2**64 - 1, "prompt_id": 7}
+    assert main(command(scoring.write(folder, rows), judges, folder / "out")) == 0
+    found = next(row for row in table(folder / "out") if row["prompt_id"] == "7")
+    assert found["seed"] == 2**64 - 1 and found["path"] == "dog/0-0.png"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"role": ["x"]}, {"prompt_template": "a {0.x} {1}"}, {"path": "a\0.png"}, {"seed": -1},
+     {"seed": 2**64}, {"subject_id": "\ud800"}],
+)  # fmt: skip
+def test_odd_values_are_one_line(copy: Any, judges: Any, change: Any, capsys: Any) -> None:
+    folder, rows = copy
+    rows[2] |= change
+    assert main(command(scoring.write(folder, rows), judges, folder / "out")) == 3
+    assert "line 3: " in capsys.readouterr().err
+
+
+def test_exclusions_do_not_depend_on_the_order(copy: Any, judges: Any) -> None:
+    folder, rows = copy
+    (folder / rows[2]["path"]).unlink()
+    texts = []
+    for order in (rows, rows[::-1]):
+        out = folder / f"out{len(texts)}"
+        words = command(scoring.write(folder, order), judges, out, "--on-missing", "partial")
+        assert main(words) == 4
+        texts.append((out / "scores.json").read_bytes())
+    assert texts[0] == texts[1] and str(folder).encode() not in texts[0]
+
+
+def test_half_precision_folders_are_used_in_single(judges: Any, tmp_path: Path) -> None:
+    """transformers 5 loads what the file says; the protocol says float32."""
+    model = scoring.ViTModel.from_pretrained(judges[0])
+    model.half().save_pretrained(tmp_path / "half")
+    from bksdm_tune.evaluate.encoders import dino
+
+    encoder = dino(str(tmp_path / "half"), "cpu")
+    features = encoder.images(scoring.torch.zeros(1, 224, 224, 3, dtype=scoring.torch.uint8))
+    assert features.dtype == scoring.torch.float32
+
+
+def test_custom_is_a_protocols_name(judges: Any, copy: Any, capsys: Any) -> None:
+    folder, rows = copy
+    manifest = scoring.write(folder, rows)
+    assert main(command(manifest, judges, folder / "out", "--protocol", "custom")) == 0
+    with pytest.raises(SystemExit) as ended:
+        main(command(manifest, judges, folder / "out", "--protocol", "bksdm"))
+    assert ended.value.code == 2
+
+
+def test_a_failed_call_does_not_block_the_next(copy: Any, judges: Any) -> None:
+    folder, rows = copy
+    lost = rows.pop(3)
+    assert main(command(scoring.write(folder, rows), judges, folder / "out")) == 3
+    assert main(command(scoring.write(folder, [*rows, lost]), judges, folder / "out")) == 0
+    assert not (folder / "out/errors.txt").exists()

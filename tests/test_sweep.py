@@ -125,6 +125,26 @@ def test_a_sweep_grows(swept: Path, parts: Any, tmp_path: Path, capsys: Any) -> 
     assert len(list(out.glob("cells/*/cell.json"))) == 7
 
 
+def test_one_subject_two_methods(swept: Path, parts: Any, tmp_path: Path, capsys: Any) -> None:
+    """No interval and no p, but a table; typos are told before anything starts."""
+    out = tmp_path / "out"
+    shutil.copytree(swept, out)
+    cells_ = json.loads((out / "cells.json").read_text())
+    (out / "cells.json").write_text(json.dumps([c for c in cells_ if c["subject"] == "dog"]))
+    assert main(words(parts, out, subjects="dog", methods="lora,full")) == 0
+    assert "| tiny-base-full - tiny-base-lora | " in (out / "table.md").read_text()
+    assert main(words(parts, out, subjects="dog", backbones="bk-bsae")) == 2
+    assert "bk-base" in capsys.readouterr().err
+
+
+def test_another_backbone_of_the_same_name_is_refused(
+    swept: Path, parts: Any, tmp_path: Path, capsys: Any
+) -> None:
+    other = make_pipeline(tmp_path / "tiny-base", size="base", seed=5)
+    assert main(words(parts, swept, backbones=other)) == 2
+    assert "rename one backbone" in capsys.readouterr().err
+
+
 def test_other_settings_are_another_sweep(swept: Path, parts: Any, capsys: Any) -> None:
     assert main(words(parts, swept, methods="lora,full", steps=3)) == 2
     assert "another sweep" in capsys.readouterr().err

@@ -122,25 +122,26 @@ class Jobs:
         assert state in (PAUSED, CANCELLED)
         with self.lock:
             job = self.get(name)
-            if job.state == RUNNING and job.pid is not None:
+            if job.pid is not None and alive(job):
                 self._write(replace(job, state=state))
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(job.pid, signal.SIGTERM)
-            elif job.state == QUEUED:
+                if job.state == RUNNING:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(job.pid, signal.SIGTERM)
+            elif job.state in (QUEUED, PAUSED):
                 self._write(replace(job, state=state))
 
     def resume(self, name: str) -> None:
         """Put a job that was stopped at the end of the queue; it goes on from its checkpoint."""
         with self.lock:
             job = self.get(name)
-            if job.state in RESUMABLE:
-                self.add(replace(job, state=QUEUED, error=None, created=time.time()))
+            if job.state in RESUMABLE and not alive(job):
+                self.add(replace(job, state=QUEUED, error=None, created=time.time(), pid=None))
 
     def forget(self, name: str) -> None:
         """Drop a job that is not running from the list; its run folder stays."""
         with self.lock:
             job = self.get(name)
-            if job.state != RUNNING:
+            if not alive(job):
                 for suffix in (".json", ".log"):
                     (self.folder / job.id).with_suffix(suffix).unlink(missing_ok=True)
 
@@ -151,7 +152,7 @@ class Jobs:
     def _work(self) -> None:
         process: subprocess.Popen[bytes] | None = None
         while not self.stopping.wait(PULSE):
-            with self.lock:
+            with self.lock, contextlib.suppress(OSError):  # a full disk may be free again later
                 process = self._step(process)
 
     def _step(self, process: subprocess.Popen[bytes] | None) -> subprocess.Popen[bytes] | None:
@@ -169,7 +170,11 @@ class Jobs:
         waiting = [job for job in self.all() if job.state == QUEUED]
         if busy or not waiting:
             return process
-        return self._launch(waiting[0])
+        try:
+            return self._launch(waiting[0])
+        except ValueError as error:  # words that cannot be a command's
+            self._write(replace(waiting[0], state=FAILED, error=str(error)))
+            return process
 
     def _launch(self, job: Job) -> subprocess.Popen[bytes]:
         with open(self.folder / f"{job.id}.log", "wb") as log:

@@ -15,7 +15,7 @@ from bksdm_tune.dreambooth.learner import Learner
 from bksdm_tune.evaluate.drawing import Sitter
 from bksdm_tune.evaluate.protocols import load_judges
 from bksdm_tune.evaluate.report import write_curve
-from bksdm_tune.evaluate.watch import ON_THE_WAY, Point, Watch, curve, read_points
+from bksdm_tune.evaluate.watch import ON_THE_WAY, Point, Watch, check_protocol, curve, read_points
 from bksdm_tune.optim import EMA
 
 BEST, CURVE = "checkpoint-best", "scores.png"
@@ -35,6 +35,7 @@ class Selection:
         judges = load_judges(None, None, None, job.device)
         self.watch = Watch(judges, sitter_of(job), job.device)
         self.points = read_points(job.folder / ON_THE_WAY)
+        check_protocol(self.points, judges)
 
     def __call__(self, step: int) -> bool:
         output = self.job.config.output

@@ -18,7 +18,7 @@ from bksdm_tune.dreambooth.train import draw_preview, finish, load
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.optim import make_all
-from bksdm_tune.runs import claim, occupy
+from bksdm_tune.runs import claim, occupy, seconds_before
 from bksdm_tune.stacked import StackedWeights, clip_each
 from bksdm_tune.trainables import LoraWeights
 
@@ -37,7 +37,7 @@ def train_together(jobs: list[Job], folder: Path) -> None:
         occupy(folder, {"runs": [job.key for job in jobs]}, "stack", "other runs")
         if all(finished(job) for job in jobs):
             return
-        started = time.perf_counter()
+        started = time.perf_counter() - seconds_before(folder)
         learner = load(jobs)
         optimise(jobs, learner, folder)
         seconds = (time.perf_counter() - started) / len(jobs)

@@ -23,7 +23,7 @@ from bksdm_tune.optim import make_all
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.precision import choose
 from bksdm_tune.resolve import unet_config
-from bksdm_tune.runs import claim, look
+from bksdm_tune.runs import claim, look, seconds_before
 from bksdm_tune.trainables import FullWeights
 from bksdm_tune.trial import step_seconds
 
@@ -40,7 +40,7 @@ def train(job: Job) -> bool:
         assert steps is not None
         if claim(job.folder, job.facts, job.config, job.kind, steps):
             return False
-        started = time.perf_counter()
+        started = time.perf_counter() - seconds_before(job.folder)
         learner = load([job])
         optimise(job, learner)
         finish(job, learner, time.perf_counter() - started)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import subject_scores
 from bksdm_tune.evaluate.results import IMAGES, SUBJECTS, read_results, read_rows
 from bksdm_tune.evaluate.statistics import bootstrap_cells, bootstrap_mean, holm, sign_flip
-from bksdm_tune.evaluate.subject_scores import MEASURES
+from bksdm_tune.evaluate.subject_scores import MEASURES, Table
 
 KEY = ("role", "subject_id", "prompt_id", "seed", "sample_idx")
 
@@ -119,7 +120,9 @@ def compare_subjects(
     intervals from subjects and prompts, p by flipping the subjects' signs, Holm over the metrics.
     """
     report: dict[str, dict[str, Any]] = {}
-    first, second = (_by_key(read_rows(path, IMAGES)) for path in paths)
+    tables = [table_of(path) for path in paths]
+    check_same_pictures(*tables)
+    first, second = (_by_key(table) for table in tables)
     for name, measure in MEASURES.items():
         rows = differences_of(first, second, name)
         if not rows:
@@ -132,6 +135,7 @@ def compare_subjects(
             "difference": float(cells.by_subject().mean()),
             "ci95": bootstrap_cells(cells),
             "p": p,
+            "p_holm": None,
             "pairs": len(rows),
             "subjects": len(cells.values),
             "better": measure.better,
@@ -146,10 +150,35 @@ def compare_subjects(
     return report
 
 
-def _by_key(columns: dict[str, list[Any]]) -> dict[tuple[Any, ...], dict[str, Any]]:
-    rows = [
+def table_of(path: Path) -> Table:
+    """The rows of a result of subjects."""
+    columns = read_rows(path, IMAGES)
+    return [
         dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
     ]
+
+
+def check_same_pictures(a: Table, b: Table) -> None:
+    """Raise ProtocolError where the two have other photos of a subject, or mean other prompts."""
+    for what, role, key, value in (
+        ("photos", "reference", ("subject_id",), ("sha256",)),
+        ("prompts", "generated", ("group", "prompt_id"), ("prompt_template",)),
+        ("class nouns", "generated", ("subject_id",), ("class_noun",)),
+    ):
+        sides = []
+        for table in (a, b):
+            found: dict[Any, set[Any]] = defaultdict(set)
+            for row in table:
+                if row["role"] == role:
+                    found[tuple(row[k] for k in key)].add(tuple(row[v] for v in value))
+            sides.append(found)
+        unlike = [k for k in sides[0].keys() & sides[1].keys() if sides[0][k] != sides[1][k]]
+        if unlike:
+            names = ", ".join(sorted("/".join(map(str, k)) for k in unlike)[:5])
+            raise ProtocolError(f"The two were scored with other {what} of {names}.")
+
+
+def _by_key(rows: Table) -> dict[tuple[Any, ...], dict[str, Any]]:
     return {tuple(row[name] for name in KEY): row for row in rows if row["role"] != "reference"}
 
 

@@ -6,6 +6,7 @@ names say so, and names are part of a result's protocol.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ from bksdm_tune.resolve import HUB_ID, read_json
 from subjects.photos import open_photo
 
 POCKET_SIDE = 64
+BESIDE = ("config.json", "tokenizer*.json", "vocab.json", "merges.txt")
 PUBLISHED_SIDE, PUBLISHED_SHORT = 224, 256  # DINO's own evaluation: resize, then centre crop
 FIXED_SIDE = ("vit",)  # of transformers; others stretch their position embeddings
 
@@ -78,10 +80,21 @@ def centred(side: int, resize: int) -> Callable[[Image.Image], NDArray[np.uint8]
 
 
 def hash_folder(folder: Path) -> str:
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{folder} has no safetensors weights.")
-    return content_key({path.name: sha256_file(path) for path in files})
+    """Of the weights and of what decides how they are used."""
+    weights = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if not weights:
+        raise DataError(f"{folder} has no weights.")
+    beside = [path for name in BESIDE for path in folder.glob(name)]
+    return content_key({path.name: sha256_file(path) for path in sorted({*weights, *beside})})
+
+
+def hash_state(model: torch.nn.Module) -> str:
+    """Of a loaded model's tensors, where no file is known."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _normalised(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -100,7 +113,7 @@ def pocket_looks(device: str) -> Encoder:
     from transformers import ResNetModel
 
     folder = pocket_folder("looks")
-    model = ResNetModel.from_pretrained(folder).eval().to(device)
+    model = ResNetModel.from_pretrained(folder).float().eval().to(device)
 
     def images(batch: Tensor) -> Tensor:
         features = model(_normalised(batch, HALF, HALF)).pooler_output.flatten(1)
@@ -139,7 +152,7 @@ def _clip_model(
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(folder).eval().to(device)
+        model = CLIPModel.from_pretrained(folder).float().eval().to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise DataError(
@@ -190,14 +203,15 @@ def open_clip_encoder(name: str, pretrained: str, device: str) -> Encoder:
         model, _, _ = open_clip.create_model_and_transforms(name, pretrained=pretrained)
     except Exception as error:
         raise DataError(
-            f"open_clip {name} ({pretrained}) cannot be loaded: {error}. Without a network, give "
-            "its file with --clip-weights, or score with --extractors pocket."
+            f"open_clip {name} ({pretrained}) cannot be loaded: {error}. Without a network, name a "
+            "local one (evaluate: --clip-weights FILE, score: --clip FOLDER) or use the pocket "
+            "encoders (--extractors pocket, --protocol pocket)."
         ) from None
     model = model.eval().to(device)
     tokenizer = open_clip.get_tokenizer(name)
     side = model.visual.image_size
     side = side[0] if isinstance(side, tuple) else side
-    weights = sha256_file(Path(pretrained)) if Path(pretrained).is_file() else pretrained
+    weights = sha256_file(Path(pretrained)) if Path(pretrained).is_file() else hash_state(model)
     return Encoder(
         f"open_clip/{name}",
         weights,
@@ -266,7 +280,7 @@ def dino(source: str, device: str) -> Encoder:
     side = _side(folder) if fixed else PUBLISHED_SIDE
     short = side * PUBLISHED_SHORT // PUBLISHED_SIDE
     try:
-        model = AutoModel.from_pretrained(folder).eval().to(device)
+        model = AutoModel.from_pretrained(folder).float().eval().to(device)
     except Exception as error:
         raise DataError(f"{source} cannot be loaded as a vision model: {error}") from None
     return Encoder(

@@ -12,6 +12,7 @@ from pathlib import Path
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.evaluate.drawing import MANIFEST, link
 from bksdm_tune.evaluate.manifest import Generated, Reference, Row, write_rows
+from bksdm_tune.evaluate.results import SCORES
 from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECTS, fill
 from subjects.photos import find_photos, is_photo_name, natural_order, read_photos
 
@@ -27,7 +28,11 @@ def init(folder: Path, photos: Path | None, class_noun: str | None, identifier: 
     """
     if not folder.is_dir():
         raise DataError(f"--init {folder} is not a folder.")
-    names = sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name != PHOTOS)
+    names = sorted(path.name for path in folder.iterdir() if is_subject(path))
+    if len(names) > 1 and (photos or class_noun):
+        raise UsageError(
+            f"--photos and --class-noun are for one subject; {folder} has {', '.join(names)}."
+        )
     rows: list[Row] = []
     for name in names:
         noun = class_noun or (SUBJECTS[name].class_noun if name in SUBJECTS else None)
@@ -41,6 +46,17 @@ def init(folder: Path, photos: Path | None, class_noun: str | None, identifier: 
         raise DataError(f"{folder} has no SUBJECT/PROMPT/*.png below it.")
     write_rows(folder / MANIFEST, rows)
     return folder / MANIFEST
+
+
+def is_subject(path: Path) -> bool:
+    """No folder of photos or scores that an earlier call left."""
+    return (
+        path.is_dir()
+        and path.name != PHOTOS
+        and not path.name.startswith(".")
+        and not (path / SCORES).exists()
+        and not (path / "errors.txt").exists()
+    )
 
 
 def references(folder: Path, name: str, photos: Path | None) -> list[Row]:

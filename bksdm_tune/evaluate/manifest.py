@@ -7,10 +7,11 @@ tuning).  Whoever made the pictures, this is all that the scorer knows of them.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, fields
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 from bksdm_tune.artifacts import write_text_atomic
@@ -18,6 +19,8 @@ from bksdm_tune.errors import DataError
 from subjects.catalogue import fill
 
 GROUPS = ("object", "live")
+TEMPLATE = re.compile(r"(?:[^{}]|\{0\}|\{1\})*")
+MOST = {"seed": 2**64 - 1, "sample_idx": 2**31 - 1}
 
 
 @dataclass(frozen=True)
@@ -81,6 +84,17 @@ KINDS: dict[str, type[Row]] = {kind.role: kind for kind in (Reference, Generated
 
 
 @dataclass(frozen=True)
+class Missing:
+    """A picture or cell that is not there; ``line`` of the manifest, if it has one."""
+
+    what: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.what if self.line is None else f"line {self.line}: {self.what}"
+
+
+@dataclass(frozen=True)
 class Pictures:
     """The rows of a manifest, sorted, and what is missing of them."""
 
@@ -88,15 +102,16 @@ class Pictures:
     references: tuple[Reference, ...]
     generated: tuple[Generated, ...]
     class_prior: tuple[ClassPrior, ...]
-    missing: tuple[str, ...] = ()
+    missing: tuple[Missing, ...] = ()
 
     @property
     def rows(self) -> tuple[Row, ...]:
         return (*self.references, *self.generated, *self.class_prior)
 
     @property
-    def subjects(self) -> list[str]:
-        return sorted({row.subject_id for row in self.generated})
+    def exclusions(self) -> list[str]:
+        """Whatever the order of the manifest's lines."""
+        return sorted(missing.what for missing in self.missing)
 
 
 def write_rows(path: Path, rows: list[Row]) -> None:
@@ -105,7 +120,8 @@ def write_rows(path: Path, rows: list[Row]) -> None:
 
 
 def read_pictures(path: Path, check: Callable[[Path], object]) -> Pictures:
-    """All rows of a manifest, each picture looked at with ``check``, which raises DataError.
+    """All rows of a manifest, each picture looked at with ``check``, which raises DataError saying
+    what is wrong, without the path.
 
     Pictures that are not there or not whole, and cells without pictures, become ``missing``;
     missing photos do not, since every score rests on them.
@@ -116,13 +132,15 @@ def read_pictures(path: Path, check: Callable[[Path], object]) -> Pictures:
     numbered, problems = _parse(path)
     problems += _duplicates(numbered)
     kept: list[Row] = []
-    missing: list[str] = []
+    missing: list[Missing] = []
     for number, row in numbered:
         if _outside(path.parent, row.path):
             problems.append(f"line {number}: {row.path} leads out of the manifest's folder")
-        elif fault := _fault(path.parent / row.path, check):
-            place = problems if isinstance(row, Reference) else missing
-            place.append(f"line {number}: {fault}")
+        elif fault := _fault(path.parent, row.path, check):
+            if isinstance(row, Reference):
+                problems.append(f"line {number}: {fault}")
+            else:
+                missing.append(Missing(fault, number))
         else:
             kept.append(row)
     problems += _subjects(numbered)
@@ -130,7 +148,9 @@ def read_pictures(path: Path, check: Callable[[Path], object]) -> Pictures:
         shown = "\n  ".join(problems)
         raise DataError(f"{path} has {len(problems)} faults:\n  {shown}")
     of = {role: sorted((r for r in kept if r.role == role), key=lambda r: r.key) for role in KINDS}
-    missing += _holes([row for _, row in numbered])
+    missing += [Missing(hole) for hole in _holes([row for _, row in numbered])]
+    if not of["generated"]:
+        raise DataError(f"{path}: none of its generated pictures is there.")
     return Pictures(
         path.parent,
         tuple(of["reference"]),  # type: ignore[arg-type]
@@ -146,7 +166,7 @@ def _parse(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from None
     rows, problems = [], []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # splitlines would break JSON strings
         if not line.strip():
             continue
         try:
@@ -163,10 +183,13 @@ def parse_row(facts: Any) -> Row:
     """
     if not isinstance(facts, dict):
         raise DataError("is no JSON object")
-    kind = KINDS.get(facts.get("role", ""))
+    role = facts.get("role")
+    kind = KINDS.get(role) if isinstance(role, str) else None
     if kind is None:
-        raise DataError(f"role is {facts.get('role')!r}, not one of {', '.join(KINDS)}")
+        raise DataError(f"role is {role!r}, not one of {', '.join(KINDS)}")
     values = {name: value for name, value in facts.items() if name != "role"}
+    if type(values.get("prompt_id")) is int:
+        values["prompt_id"] = str(values["prompt_id"])
     wanted = {field.name: field for field in fields(kind)}
     if unknown := sorted(values.keys() - wanted.keys()):
         raise DataError(f"a {kind.role} row has no field {', '.join(unknown)}")
@@ -174,25 +197,36 @@ def parse_row(facts: Any) -> Row:
         raise DataError(f"a {kind.role} row needs {', '.join(lacking)}")
     for name, value in values.items():
         _check_value(name, value, str(wanted[name].type))
+    values["path"] = PurePosixPath(values["path"]).as_posix()  # ./a and a//b are a and a/b
     return kind(**values)
 
 
 def _check_value(name: str, value: Any, kind: str) -> None:
     if type(value).__name__ != kind:
         raise DataError(f"{name} is {value!r}; it must be {'a text' if kind == 'str' else kind}")
+    if isinstance(value, str) and ("\0" in value or not _encodes(value)):
+        raise DataError(f"{name} is {value!r}, which is no proper text")
+    if name in MOST and not 0 <= value <= MOST[name]:
+        raise DataError(f"{name} is {value}; it must be from 0 to {MOST[name]}")
     if name == "group" and value not in GROUPS:
         raise DataError(f"group is {value!r}, not one of {', '.join(GROUPS)}")
     if name in ("subject_id", "path", "prompt_id", "class_noun") and not value.strip():
         raise DataError(f"{name} is empty")
     if name == "prompt_template":
-        try:
-            value.format("", "")
-        except (IndexError, KeyError, ValueError):
+        if not TEMPLATE.fullmatch(value):
             raise DataError(
                 f"prompt_template {value!r} is none: {{0}} is the identifier, {{1}} the class noun"
-            ) from None
+            )
         if "{1}" not in value:
             raise DataError(f"prompt_template {value!r} does not name the class noun, {{1}}")
+
+
+def _encodes(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _duplicates(numbered: list[tuple[int, Row]]) -> list[str]:
@@ -213,13 +247,13 @@ def _outside(folder: Path, path: str) -> bool:
     )
 
 
-def _fault(path: Path, check: Callable[[Path], object]) -> str | None:
-    if not path.is_file():
+def _fault(folder: Path, path: str, check: Callable[[Path], object]) -> str | None:
+    if not (folder / path).is_file():
         return f"{path} is not there"
     try:
-        check(path)
+        check(folder / path)
     except DataError as error:
-        return str(error)
+        return f"{path} {error}"
     return None
 
 

@@ -27,14 +27,16 @@ class Lpips:
 
     @torch.inference_mode()
     def to_the_others(self, paths: list[Path]) -> NDArray[np.float64]:
-        """Of pictures of one size: each one's mean distance to all others, (N,), N of 2 or more."""
+        """Each picture's mean distance to all others, (N,), N of 2 or more; at the first's size."""
+        photos = [open_photo(path) for path in paths]
         images = [
-            torch.from_numpy(np.array(open_photo(path))).permute(2, 0, 1)[None].to(self.device)
-            for path in paths
+            torch.from_numpy(np.array(photo.resize(photos[0].size))).permute(2, 0, 1)[None]
+            for photo in photos
         ]
         table = np.zeros((len(paths), len(paths)))
         for a, b in itertools.combinations(range(len(paths)), 2):
-            table[a, b] = table[b, a] = float(self.model(images[a], images[b]))
+            pair = (images[a].to(self.device), images[b].to(self.device))
+            table[a, b] = table[b, a] = float(self.model(*pair))
         return np.asarray(table.sum(1) / (len(paths) - 1))
 
 

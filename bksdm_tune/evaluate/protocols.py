@@ -36,7 +36,7 @@ PROTOCOLS = {
 # fmt: on
 DEFAULT = "dreambooth"
 RULES = {
-    "decoding": "whole file, EXIF orientation, alpha over white, 16 bits / 257, RGB",
+    "decoding": "whole file, EXIF orientation, alpha over white, 16-bit grey / 257, RGB",
     "averaging": "references, pictures of a prompt, prompts, subjects",
     "text": "template without the identifier, spaces collapsed",
     "features": "float32, cosine in float64",
@@ -84,8 +84,8 @@ def load_judges(name: str | None, dino: str | None, clip: str | None, device: st
         except DataError as error:
             print(f"{error}\n{POCKET_NOTE}", file=sys.stderr)
             return load_judges("pocket", None, None, device)
-    own = PROTOCOLS[name or DEFAULT]
     protocol = "custom" if dino or clip else name or DEFAULT
+    own = PROTOCOLS.get(protocol, PROTOCOLS[DEFAULT])
     judges = load_dino(dino or own[0], device), load_clip(clip or own[1], device)
     return Judges(protocol, *judges, *perceptual.load(device))
 

@@ -105,7 +105,9 @@ def _figure(points: Sequence[Point], note: str, style: str) -> Any:
     across, up = [p[1] for p in points], [p[2] for p in points]
     axes.plot(across, up, style, color="#2f6f8f", markersize=4, linewidth=1)
     for label, x, y in points:
-        axes.annotate(label, (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        axes.annotate(
+            label.replace("$", r"\$"), (x, y), fontsize=6, xytext=(3, 3), textcoords="offset points"
+        )
     axes.set(xlabel="CLIP-T: picture and words", ylabel="DINO: picture and photos", title=note)
     axes.title.set_fontsize(9)
     for side in ("top", "right"):

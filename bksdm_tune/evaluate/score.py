@@ -33,7 +33,7 @@ from bksdm_tune.evaluate.results import (
     read_results,
 )
 from bksdm_tune.evaluate.subject_scores import MEASURES, Table
-from subjects.photos import open_photo
+from subjects.photos import decode_photo, open_photo
 
 BLACK = 8  # of 255: no channel of any pixel is lighter
 Space = dict[str, NDArray[Any]]
@@ -64,13 +64,14 @@ def score(
     facts: dict[str, dict[str, Any]] = {}
 
     def look(path: Path) -> None:
-        pixels = np.asarray(open_photo(path))
+        pixels = np.asarray(decode_photo(path))
         name = path.relative_to(manifest.parent).as_posix()
         facts[name] = {"sha256": sha256_file(path), "black": bool(pixels.max() <= BLACK)}
 
     pictures = read_pictures(manifest, look)
+    below = read_floor(floor, judges.facts, pictures)
     if pictures.missing and not partial:
-        shown = "\n  ".join(pictures.missing)
+        shown = "\n  ".join(map(str, pictures.missing))
         raise DataError(
             f"{len(pictures.missing)} pictures or cells of {manifest} are missing:\n  {shown}\n"
             "Draw them, or score what is there with --on-missing partial."
@@ -78,11 +79,16 @@ def score(
     dino, clip = encode(pictures, judges, batch_size, device)
     texts = encode_texts(judges, sorted({row.clip_text for row in pictures.generated}))
     rows = scores.table(pictures, dino, clip, texts, facts, diversity(pictures, judges))
-    result = summarise(
-        rows, judges.facts, name, pictures.missing, read_floor(floor, judges.facts), judges.no_lpips
-    )
+    result = summarise(rows, judges.facts, name, pictures.exclusions, below, judges.no_lpips)
     write(out, rows, result, pictures.folder, steps)
     return result
+
+
+def kind(column: str) -> str:
+    """Of a column of images.parquet, to Arrow; seeds of some tools need all 64 bits."""
+    kinds = {"seed": "uint64", "sample_idx": "int64", "references": "int64", "nearest": "float64"}
+    kinds |= {"black": "bool", "copied": "bool"} | dict.fromkeys(MEASURES, "float64")
+    return kinds.get(column, "string")
 
 
 @torch.inference_mode()
@@ -90,13 +96,15 @@ def encode(pictures: Pictures, judges: Judges, batch_size: int, device: str) -> 
     """DINO and CLIP features of every file, decoded once for both: path -> unit row."""
     paths = sorted({row.path for row in pictures.rows})
     found: tuple[Space, Space] = {}, {}
-    for start in tqdm(range(0, len(paths), batch_size), "encoding", unit="batch", disable=None):
-        part = paths[start : start + batch_size]
-        images = [open_photo(pictures.folder / path) for path in part]
-        for encoder, space in zip((judges.dino, judges.clip), found, strict=True):
-            batch = np.stack([encoder.prepare(image) for image in images])
-            features = encoder.images(torch.from_numpy(batch).to(device)).float().cpu().numpy()
-            space.update(zip(part, scores.unit(features), strict=True))
+    starts = tqdm(range(0, len(paths), batch_size), "encoding", unit="batch", disable=None)
+    with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is what the protocol says
+        for start in starts:
+            part = paths[start : start + batch_size]
+            images = [open_photo(pictures.folder / path) for path in part]
+            for encoder, space in zip((judges.dino, judges.clip), found, strict=True):
+                batch = np.stack([encoder.prepare(image) for image in images])
+                features = encoder.images(torch.from_numpy(batch).to(device)).float()
+                space.update(zip(part, scores.unit(features.cpu().numpy()), strict=True))
     return found
 
 
@@ -122,7 +130,13 @@ def diversity(pictures: Pictures, judges: Judges) -> dict[str, float]:
     return found
 
 
-def read_floor(path: Path | None, protocol: dict[str, Any]) -> dict[str, Any] | None:
+def read_floor(
+    path: Path | None, protocol: dict[str, Any], pictures: Pictures
+) -> dict[str, Any] | None:
+    """
+    Raises:
+        ProtocolError: it was scored in another way, or is of other subjects or prompts.
+    """
     if path is None:
         return None
     result = read_results(path)
@@ -130,6 +144,10 @@ def read_floor(path: Path | None, protocol: dict[str, Any]) -> dict[str, Any] | 
         raise ProtocolError(
             f"--floor {path} was scored by another protocol. Score those pictures with these flags."
         )
+    mine = {f"{row.group}/{row.prompt_id}" for row in pictures.generated}
+    subjects = {row.subject_id for row in pictures.generated}
+    if set(result["per_prompt"]) != mine or set(result["per_subject"]) != subjects:
+        raise ProtocolError(f"--floor {path} is of other subjects or prompts than these pictures.")
     return result
 
 
@@ -141,16 +159,10 @@ def summarise(
     floor: dict[str, Any] | None,
     no_div: str | None,
 ) -> dict[str, Any]:
-    """All of ``scores.json``.  ``no_div``: why DIV was not measured, if it was not.
-
-    Raises:
-        ProtocolError: the floor is of other subjects.
-    """
+    """All of ``scores.json``.  ``no_div``: why DIV was not measured, if it was not."""
     typed = scores.with_types(rows)
     generated = [row for row in rows if row["role"] == "generated"]
     subjects = sorted({row["subject_id"] for row in generated})
-    if floor is not None and sorted(floor["per_subject"]) != subjects:
-        raise ProtocolError("The floor is of other subjects than these pictures.")
     metrics = {
         metric: scores.with_floor(
             scores.summary(rows, metric, no_div if metric == "div" else None),
@@ -210,9 +222,9 @@ def write(
     import pyarrow.parquet
 
     out.mkdir(parents=True, exist_ok=True)
+    listed = pyarrow.Table.from_pylist(rows, pyarrow.schema([(n, kind(n)) for n in scores.COLUMNS]))
     (out / SCORES).unlink(missing_ok=True)
-    (out / "errors.txt").unlink(missing_ok=True)
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), out / IMAGES)
+    pyarrow.parquet.write_table(listed, out / IMAGES)
     text = io.StringIO()
     writer = csv.DictWriter(text, scores.COLUMNS, lineterminator="\n")
     writer.writeheader()

@@ -22,6 +22,7 @@ def main(argv: list[str]) -> int:
         print(f"Wrote {path}. Then: bksdm-tune score --manifest {path}")
         return 0
     out = config.out or default_out(config)
+    (out / "errors.txt").unlink(missing_ok=True)  # of an earlier call
     try:
         result = run(config, out)
     except DataError as error:

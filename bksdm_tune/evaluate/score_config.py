@@ -25,8 +25,9 @@ class Config:
     out: Path | None = None
     """Folder for scores.json, images.parquet, report.html; default: score/ in the run folder, or
     scores/ beside the manifest."""
-    protocol: Literal["dreambooth", "bksdm", "pocket"] | None = None
-    """Default: dreambooth, and pocket where its encoders can neither be found nor downloaded."""
+    protocol: Literal["dreambooth", "bksdm", "pocket", "custom"] | None = None
+    """Default: dreambooth, and pocket where its encoders can neither be found nor downloaded;
+    custom is what --dino and --clip make it."""
     dino: str | None = None
     """Another DINO: a transformers folder, dinov2-base, a Hub id. Makes the protocol custom."""
     clip: str | None = None
@@ -61,11 +62,16 @@ class Config:
                 "Say what to score: a run folder or adapter file, --manifest FILE.jsonl, or "
                 "--init FOLDER to write a manifest."
             )
-        if self.protocol is not None and (self.dino or self.clip):
-            raise UsageError(
-                "--dino and --clip make a protocol of their own; leave out --protocol."
-            )
+        check_protocol(self.protocol, bool(self.dino or self.clip))
         check_range("--prompts", self.prompts, 1, 25)
         check_range("--images", self.images, 1)
         check_range("--class-images", self.class_images, 0)
         check_range("--batch-size", self.batch_size, 1)
+
+
+def check_protocol(name: str | None, own_encoders: bool) -> None:
+    """Raises UsageError: a named protocol with other encoders than its own, or custom without."""
+    if own_encoders and name not in (None, "custom"):
+        raise UsageError("--dino and --clip make the protocol custom; leave out --protocol.")
+    if name == "custom" and not own_encoders:
+        raise UsageError("--protocol custom needs --dino or --clip, or both.")

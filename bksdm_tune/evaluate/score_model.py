@@ -28,11 +28,12 @@ def score_model(config: Config, out: Path, judges: Judges, device: str) -> dict[
         UsageError, DataError: as ``subject_of``; ``out`` is for another model.
     """
     parts, sitter, side = subject_of(config)
+    under = backbone_of(config, parts) if config.floor is None else None  # said before drawing
     grid = Grid(config.prompts, config.images, config.class_images)
     manifest = draw_for_score(parts, sitter, grid, out, side, device)
     floor = config.floor
-    if floor is None:
-        under, floor = backbone_of(config, parts), out / UNTUNED
+    if under is not None:
+        floor = out / UNTUNED
         plain = draw_floor(under, sitter, grid, floor, side, device)
         score(plain, judges, floor, f"{under.name}, untuned", config.batch_size, device=device)
     assert config.model is not None
@@ -75,7 +76,7 @@ def subject_of(config: Config) -> tuple[Parts, Sitter, int | None]:
     who = said.get("who", {})
     name = who.get("subject") or who.get("name") or folder.resolve().name
     photos = read_photos(folder, minimum_side=1)
-    if parents.get("held_out"):  # nothing of what it was trained on
+    if parents.get("held_out") and config.photos is None:  # nothing of what it was trained on
         own = tuple(p for p in photos.photos if p.sha256 in parents["held_out"].values())
         photos = replace(photos, photos=own)
     return model.parts, Sitter(slug(name), noun, identifier, photos), model.side
@@ -89,9 +90,13 @@ def slug(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_" else "-" for c in name)
 
 
-def backbone_of(config: Config, parts: Parts) -> Parts:
-    """What was tuned: of a LoRA the parts without it, of a full run what its manifest names."""
+def backbone_of(config: Config, parts: Parts) -> Parts | None:
+    """What was tuned: of a LoRA the parts without it, of a full run what its manifest names; None
+    where nothing says."""
     if parts.adapter is not None:
         return replace(parts, adapter=None)
-    trained_on = read_manifest(Path(config.model or ""))["parents"]["backbone"]
-    return resolve(trained_on["ref"], trained_on.get("base"))
+    run = Path(config.model or "")
+    if not (run / MANIFEST).is_file():
+        return None
+    trained_on = read_manifest(run)["parents"].get("backbone")
+    return resolve(trained_on["ref"], trained_on.get("base")) if trained_on else None

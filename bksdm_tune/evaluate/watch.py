@@ -13,6 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from bksdm_tune.artifacts import content_key
+from bksdm_tune.errors import ProtocolError
 from bksdm_tune.evaluate.drawing import Grid, Order, Sitter, orders
 from bksdm_tune.evaluate.manifest import Generated
 from bksdm_tune.evaluate.protocols import Judges
@@ -35,6 +37,8 @@ class Point:
     clip_t: float
     dino_ci95: tuple[float, float]
     clip_t_ci95: tuple[float, float]
+    fingerprint: str = ""
+    """Of the protocol."""
 
     def better_than(self, best: Point | None) -> bool:
         """More like the photos, and no less like the words than the other's interval allows."""
@@ -72,13 +76,24 @@ class Watch:
         clip_t = (self._encode(self.judges.clip, pictures) * self.texts).sum(1)
         dino, clip_t = (values.reshape(-1, GRID.images).mean(1) for values in (dino, clip_t))
         intervals = bootstrap_mean(dino), bootstrap_mean(clip_t)
-        return Point(step, float(dino.mean()), float(clip_t.mean()), *intervals)
+        means = float(dino.mean()), float(clip_t.mean())
+        return Point(step, *means, *intervals, fingerprint=content_key(self.judges.facts))
 
     @torch.inference_mode()
     def _encode(self, encoder: Any, pictures: list[Image.Image]) -> NDArray[np.float64]:
         prepare: Callable[[Image.Image], NDArray[np.uint8]] = encoder.prepare
         batch = torch.from_numpy(np.stack([prepare(picture) for picture in pictures]))
         return unit(encoder.images(batch.to(self.device)).float().cpu().numpy())
+
+
+def check_protocol(points: list[Point], judges: Judges) -> None:
+    """Raise ProtocolError if some were scored by other encoders than these."""
+    mine = content_key(judges.facts)
+    if any(point.fingerprint not in ("", mine) for point in points):
+        raise ProtocolError(
+            f"This run's {ON_THE_WAY} was scored by other encoders than can be had now "
+            f"({judges.protocol}). Make those available again, or delete that file."
+        )
 
 
 def read_points(path: Path) -> list[Point]:

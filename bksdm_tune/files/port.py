@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from bksdm_tune.errors import UsageError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
-from bksdm_tune.lora.fit import ARCHITECTURES, known_shapes
+from bksdm_tune.lora.fit import ARCHITECTURES, known_shapes, misfits
 from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS
 from distill.surgery import weight_map
 
@@ -38,6 +38,11 @@ def port(adapter: Adapter, source: str, target: str) -> tuple[Adapter, list[str]
         raise UsageError(
             f"{source} and {target} are of different families: their text widths and layers "
             "differ, and no LoRA crosses between them."
+        )
+    if wrong := misfits(adapter, known_shapes(source)):
+        raise UsageError(
+            f"The adapter is not for {source}, of which {len(wrong)} layers are not there or of "
+            f"another size, such as {wrong[0]}."
         )
     to_teacher = layer_map(source)
     from_teacher = {theirs: own for own, theirs in layer_map(target).items()}

@@ -117,7 +117,9 @@ class Adapter:
     @property
     def plain(self) -> bool:
         """Only what every reader knows: linear or convolutional LoRA."""
-        return self.kinds == ["lora"]
+        return self.kinds == ["lora"] and not any(
+            "mid" in update.factors for update in self.updates.values()
+        )
 
     def check_plain(self, what: str) -> None:
         if not self.plain:

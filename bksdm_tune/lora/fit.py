@@ -87,13 +87,13 @@ def check(path: Path, config: Mapping[str, Any]) -> None:
         DataError: it was made for another one; the message says what to type.
     """
     wanted, made_from = fingerprint(config), read_provenance(path)
+    adapter = layouts.read(path)
     if made_from is not None:
         if made_from.architecture == wanted:
             return
         name = name_of(made_from.architecture)
         shape = f"{made_from.backbone} ({made_from.shape})"
         raise DataError(_refusal(path, shape, name, config, made_from.backbone))
-    adapter = layouts.read(path)
     own, shapes = name_of(wanted), layer_shapes(config)
     wrong = misfits(adapter, shapes)
     if not wrong and _all_layers(adapter, shapes):

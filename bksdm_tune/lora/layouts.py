@@ -69,15 +69,15 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise DataError(f"{path} is not there.")
     if path.stat().st_size > MOST_BYTES:
         raise DataError(f"{path} has {path.stat().st_size / 1e9:.1f} GB; that is no adapter.")
-    with open(path, "rb") as file:
-        start = file.read(2)
-    if start in (b"PK", b"\x80\x02", b"\x80\x04"):
-        raise DataError(f"{path} is a pickle, which can run code; ask its maker for safetensors.")
     try:
         with safe_open(path, "pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        if path.read_bytes()[:2] in (b"PK", b"\x80\x02", b"\x80\x04"):
+            raise DataError(
+                f"{path} is a pickle, which can run code; ask its maker for safetensors."
+            ) from None
         raise DataError(f"{path} is damaged or no safetensors file: {error}") from None
     for key, tensor in tensors.items():
         if tensor.dtype not in FLOATS:
@@ -121,8 +121,10 @@ def _update(
         raise DataError(f"lacks {', '.join(lacking) or 'factors'} of the layer {layer}.")
     try:
         update = Update(kind, factors, None if alpha is None else float(alpha.float()), magnitude)
+        assert update.rank > 0
         update.delta()
-    except (RuntimeError, IndexError, ValueError):
+    except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError,
+            ZeroDivisionError):  # fmt: skip
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in factors.items())
         raise DataError(f"has factors of {layer} that do not fit each other: {shapes}.") from None
     if alpha is None and layer in alphas:
@@ -200,12 +202,17 @@ def alphas_of(metadata: dict[str, str]) -> dict[str, float]:
         said: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError:
         return {}
+    if not isinstance(said, dict):
+        raise DataError("has a lora_adapter_metadata that is no object.")
     found: dict[str, float] = {}
     for part in (UNET, TEXT):
         if isinstance(said.get(f"{part}.lora_alpha"), int | float):
             found[part] = float(said[f"{part}.lora_alpha"])
         pattern = said.get(f"{part}.alpha_pattern") or {}
-        found |= {_layer(f"{part}.{layer}"): float(alpha) for layer, alpha in pattern.items()}
+        try:
+            found |= {_layer(f"{part}.{layer}"): float(alpha) for layer, alpha in pattern.items()}
+        except (AttributeError, TypeError, ValueError):
+            raise DataError(f"has an alpha_pattern that is none: {pattern!r:.80}.") from None
     return found
 
 

@@ -38,8 +38,18 @@ class Cell:
     def done(self, out: Path) -> bool:
         return (self.folder(out) / RESULT).is_file()
 
+    def clash(self, other: Cell) -> bool:
+        """Another backbone under the same name."""
+        return self.arm == other.arm and self.backbone != other.backbone
+
 
 Task = tuple[Cell, ...]
+
+
+def lasting(backbone: str) -> str:
+    """As it can be typed from anywhere."""
+    path = Path(backbone)
+    return str(path.resolve()) if path.is_dir() else backbone
 
 
 def subject_names(config: Config) -> list[str]:
@@ -77,7 +87,7 @@ def cells(config: Config) -> list[Cell]:
             f"--backbones has two folders of one name ({', '.join(names)}); rename one."
         )
     return [
-        Cell(subject, backbone, method, int(seed))
+        Cell(subject, lasting(backbone), method, int(seed))
         for backbone in split(config.backbones)
         for method in split(config.methods)
         for seed in split(config.seeds)
@@ -86,7 +96,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def tasks(wanted: list[Cell], stack: int) -> Iterator[Task]:
-    """LoRAs of an arm and seed in stacks, full tunings one by one."""
+    """LoRAs of an arm and seed in stacks, full tunings one by one; ``wanted`` are not done yet."""
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in wanted:
         groups.setdefault((cell.arm, cell.seed), []).append(cell)

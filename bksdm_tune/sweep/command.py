@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from bksdm_tune.artifacts import locked, write_text_atomic
-from bksdm_tune.config import parse, save_toml
+from bksdm_tune.config import load_toml, parse, save_toml
+from bksdm_tune.errors import UsageError
+from bksdm_tune.resolve import resolve
 from bksdm_tune.runs import occupy
-from bksdm_tune.sweep.cells import FAILURE, Cell, Task, cells, tasks
+from bksdm_tune.sweep.cells import FAILURE, Cell, Task, cells, lasting, tasks
 from bksdm_tune.sweep.config import Config
 from bksdm_tune.sweep.work import CONFIG, wait_for_others
 
@@ -23,8 +26,12 @@ MORE = ("subjects", "backbones", "methods", "seeds")
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune sweep")
     wanted = cells(config)
-    facts = json.loads(json.dumps(asdict(config), default=str))
+    for backbone in dict.fromkeys(cell.backbone for cell in wanted):
+        resolve(backbone)  # mistyped ones are told before anything starts
+    config = placed(config)
     with locked(config.out):
+        config = replace(config, protocol=settled(config))
+        facts = json.loads(json.dumps(asdict(config), default=str))
         occupy(
             config.out,
             {name: value for name, value in facts.items() if name not in FREE + MORE},
@@ -32,8 +39,8 @@ def main(argv: list[str]) -> int:
             "another sweep",
         )
         wait_for_others(config.out)
-        save_toml(config.out / CONFIG, config)
         everything = remember(config.out, wanted)
+        save_toml(config.out / CONFIG, config)
         run(config, wanted)
         failed = [cell for cell in wanted if not cell.done(config.out)]
         from bksdm_tune.sweep.table import write_tables
@@ -45,11 +52,51 @@ def main(argv: list[str]) -> int:
     return FAILED if failed else 0
 
 
+def placed(config: Config) -> Config:
+    """With paths that hold wherever a worker runs.
+
+    Raises:
+        UsageError: --data-root is no folder.
+    """
+    root = config.data_root
+    if root is not None and not root.is_dir():
+        raise UsageError(f"--data-root {root} is not a folder; give the one above the subjects.")
+    return replace(
+        config,
+        out=config.out.resolve(),
+        data_root=root and root.resolve(),
+        dino=config.dino and lasting(config.dino),
+        clip=config.clip and lasting(config.clip),
+    )
+
+
+def settled(config: Config) -> Any:
+    """The protocol of this folder's first call, or the one that can be had now: every cell is
+    scored by the same."""
+    if config.protocol is not None or config.dino or config.clip:
+        return config.protocol
+    if (config.out / CONFIG).is_file():
+        return load_toml(config.out / CONFIG, Config).protocol
+    from bksdm_tune.evaluate.protocols import load_judges
+
+    return load_judges(None, None, None, "cpu").protocol
+
+
 def remember(out: Path, wanted: list[Cell]) -> list[Cell]:
-    """All cells that this folder was ever asked for, these included."""
+    """All cells that this folder was ever asked for, these included.
+
+    Raises:
+        UsageError: two backbones have one name.
+    """
     path = out / CELLS
-    before = json.loads(path.read_text()) if path.is_file() else []
-    everything = list(dict.fromkeys([*(Cell(**facts) for facts in before), *wanted]))
+    before = [Cell(**facts) for facts in json.loads(path.read_text())] if path.is_file() else []
+    for cell in wanted:
+        if other := next((o for o in before if cell.clash(o)), None):
+            raise UsageError(
+                f"{cell.arm} is of {other.backbone} here, not of {cell.backbone}. "
+                "Choose another folder with --out, or rename one backbone."
+            )
+    everything = list(dict.fromkeys([*before, *wanted]))
     write_text_atomic(path, json.dumps([asdict(cell) for cell in everything], indent=1) + "\n")
     return everything
 
@@ -60,11 +107,8 @@ def run(config: Config, wanted: list[Cell]) -> None:
 
     from bksdm_tune.sweep.engines import ENGINES
 
-    left: list[Task] = [
-        task
-        for task in tasks(wanted, config.stack)
-        if not all(cell.done(config.out) for cell in task)
-    ]
+    undone = [cell for cell in wanted if not cell.done(config.out)]
+    left: list[Task] = list(tasks(undone, config.stack))
     done = sum(cell.done(config.out) for cell in wanted)
     engine = ENGINES[config.engine]
     with tqdm(total=len(wanted), initial=done, desc="cells", unit="cell", disable=None) as bar:

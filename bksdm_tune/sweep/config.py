@@ -8,6 +8,7 @@ from typing import Literal
 
 from bksdm_tune.config import check_range
 from bksdm_tune.errors import UsageError
+from bksdm_tune.evaluate.score_config import check_protocol
 
 METHODS = ("lora", "full")
 
@@ -43,7 +44,7 @@ class Config:
     """A prompt."""
     class_images: int = 8
     """Of the plain class, for PRES."""
-    protocol: Literal["dreambooth", "bksdm", "pocket"] | None = None
+    protocol: Literal["dreambooth", "bksdm", "pocket", "custom"] | None = None
     """As in `bksdm-tune score`."""
     dino: str | None = None
     """As in `bksdm-tune score`."""
@@ -63,10 +64,7 @@ class Config:
             raise UsageError(f"--methods is {self.methods!r}; write lora, full, or lora,full.")
         if not split(self.seeds) or not all(seed.isdecimal() for seed in split(self.seeds)):
             raise UsageError(f"--seeds is {self.seeds!r}; write whole numbers with commas: 1,2.")
-        if self.protocol is not None and (self.dino or self.clip):
-            raise UsageError(
-                "--dino and --clip make a protocol of their own; leave out --protocol."
-            )
+        check_protocol(self.protocol, bool(self.dino or self.clip))
         check_range("--steps", self.steps, 1)
         check_range("--stack", self.stack, 1)
         check_range("--prompts", self.prompts, 1, 25)

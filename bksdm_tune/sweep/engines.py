@@ -69,7 +69,9 @@ def local(tasks: list[Task], out: Path, workers: int | None) -> Iterator[Outcome
 def surroundings(number: int, count: int, cards: int) -> dict[str, str]:
     """A worker's environment: its own GPU, or its share of the cores."""
     if cards:
-        return os.environ | {"CUDA_VISIBLE_DEVICES": str(number % cards)}
+        given = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+        names = given if len(given) >= cards and given[0] else [str(i) for i in range(cards)]
+        return os.environ | {"CUDA_VISIBLE_DEVICES": names[number % cards]}
     share = max(1, (os.cpu_count() or 1) // count)
     return os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(share))}
 
@@ -90,7 +92,8 @@ def ray(tasks: list[Task], out: Path, workers: int | None) -> Iterator[Outcome]:
         ) from None
     if not cluster.is_initialized():
         cluster.init(log_to_driver=False, include_dashboard=False)
-    share: dict[str, Any] = {"num_gpus": 1} if gpus() else {"num_cpus": cpus_each(cluster, workers)}
+    cards = cluster.cluster_resources().get("GPU", 0)
+    share: dict[str, Any] = {"num_gpus": 1} if cards else {"num_cpus": cpus_each(cluster, workers)}
     remote = cluster.remote(max_retries=3, **share)(_do)
     waiting = {remote.remote(str(out.resolve()), task): task for task in tasks}
     while waiting:

@@ -11,10 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from bksdm_tune.artifacts import content_key, write_text_atomic
-from bksdm_tune.evaluate.compare import compare
+from bksdm_tune.artifacts import write_text_atomic
+from bksdm_tune.errors import ProtocolError
+from bksdm_tune.evaluate.compare import compare, table_of
 from bksdm_tune.evaluate.report import scatter, template
-from bksdm_tune.evaluate.results import IMAGES, SCORES, read_results, read_rows
+from bksdm_tune.evaluate.results import SCORES, read_results
 from bksdm_tune.evaluate.score import summarise, write
 from bksdm_tune.evaluate.score_model import UNTUNED
 from bksdm_tune.evaluate.subject_scores import Table
@@ -49,7 +50,11 @@ def write_tables(out: Path, wanted: list[Cell]) -> str:
 
 
 def gather(out: Path, arm: str, members: list[Cell]) -> dict[str, Any]:
-    """Scores of an arm over all its subjects, and of its untuned backbone."""
+    """Scores of an arm over all its subjects, and of its untuned backbone.
+
+    Raises:
+        ProtocolError: its cells were scored in different ways.
+    """
     done = [cell for cell in members if cell.done(out)]
     missing = [f"cell {cell.name}" for cell in members if not cell.done(out)]
     seeds = sorted({cell.seed for cell in members})
@@ -59,10 +64,12 @@ def gather(out: Path, arm: str, members: list[Cell]) -> dict[str, Any]:
         table: Table = []
         for cell in done:
             table += rows_of(cell.folder(out) / "score" / below, out, seeds.index(cell.seed))
-        first = read_results(done[0].folder(out) / "score" / below)
-        no_div = first["metrics"]["div"]["reason"]
-        result = summarise(table, first["protocol"], title, missing, floor, no_div)
-        assert result["fingerprint"] == content_key(first["protocol"])
+        results = [read_results(cell.folder(out) / "score" / below) for cell in done]
+        if len({result["fingerprint"] for result in results}) > 1:
+            raise ProtocolError(f"The cells of {arm} were scored by different protocols.")
+        protocol, no_div = results[0]["protocol"], results[0]["metrics"]["div"]["reason"]
+        table = photos_once(table)
+        result = summarise(table, protocol, title, missing, floor, no_div)
         write(folder / below, table, result, out)
         floor = result
     assert floor is not None
@@ -70,18 +77,29 @@ def gather(out: Path, arm: str, members: list[Cell]) -> dict[str, Any]:
 
 
 def rows_of(folder: Path, out: Path, run: int) -> Table:
-    """A cell's rows with paths from ``out``; pictures of another training are further samples, and
-    photos are listed once."""
-    columns = read_rows(folder, IMAGES)
-    rows = [
-        dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)
-    ]
+    """A cell's rows with paths from ``out``; pictures of another training are further samples."""
+    rows = table_of(folder)
     samples = 1 + max(row["sample_idx"] or 0 for row in rows)
-    kept = [row for row in rows if run == 0 or row["role"] != "reference"]
-    for row in kept:
+    for row in rows:
         row["path"] = (folder.relative_to(out) / row["path"]).as_posix()
         if row["role"] == "generated":
             row["sample_idx"] += run * samples
+        elif row["role"] == "class_prior":
+            row["sample_idx"] = run
+    return rows
+
+
+def photos_once(table: Table) -> Table:
+    """Without the photos that several trainings of a subject list."""
+    seen: set[tuple[str, str]] = set()
+    kept: Table = []
+    for row in table:
+        photo = (row["subject_id"], row["sha256"])
+        if row["role"] == "reference":
+            if photo in seen:
+                continue
+            seen.add(photo)
+        kept.append(row)
     return kept
 
 
@@ -99,6 +117,8 @@ def leader(out: Path, arm: str, result: dict[str, Any], members: list[Cell]) -> 
     row["ceiling"] = (result["metrics"]["dino"]["ceiling"] or {}).get("without_self")
     row["normalised"] = result["metrics"]["dino"]["normalised"]
     row |= {name: float(np.mean([cell[name] for cell in cells])) for name in COSTS}
+    drawn = sum(cell["illustrated"] for cell in cells)
+    row["photos"] = "illustrated" if drawn == len(cells) else "real" if not drawn else "both kinds"
     return row | {"together": max(cell["trained_together"] for cell in cells)}
 
 
@@ -122,15 +142,16 @@ def markdown(
         f"Protocol {protocol}. 95 % intervals: two-way bootstrap over subjects and prompts. "
         "Untuned and photos: DINO's floor and ceiling.",
         "",
-        "| arm | cells | DINO | CLIP-I | CLIP-T | PRES | untuned | photos | normalised "
+        "| arm | cells | of photos | DINO | CLIP-I | CLIP-T | PRES | untuned | photos | normalised "
         "| s | GB | MB | images/s |",
-        "|---" * 13 + "|",
+        "|---" * 14 + "|",
     ]
     for row in rows:
         scores = [_with_interval(row[n], row[f"{n}_low"], row[f"{n}_high"]) for n in SCORED]
         rest = [_figure(row[name]) for name in ("floor", "ceiling", "normalised")]
         costs = [f"{row[n]:.3g}" for n in COSTS]
-        cells = [row["arm"], f"{row['cells']} of {row['of']}", *scores, *rest, *costs]
+        of = f"{row['cells']} of {row['of']}"
+        cells = [row["arm"], of, row["photos"], *scores, *rest, *costs]
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| B - A | DINO | CLIP-I | CLIP-T | PRES |", "|---" * 5 + "|"]
     for pair in pairs:

@@ -53,6 +53,8 @@ def _do(config: Config, out: Path, task: Task) -> bool:
     left = [cell for cell in task if not cell.done(out)]
     if not left:
         return True
+    for cell in left:
+        (cell.folder(out) / FAILURE).unlink(missing_ok=True)
     try:
         train(config, out, task)
     except Exception:
@@ -126,15 +128,16 @@ def finish(config: Config, out: Path, cell: Cell, judges: list[Any]) -> None:
     )
     score_model(flags, folder / "score", judges[0], device)
     speed = json.loads((folder / "score" / SPEED).read_text())
-    results = read_manifest(folder / "run")["results"]
+    manifest = read_manifest(folder / "run")
+    results = manifest["results"]
     facts = asdict(cell) | {
         "seconds": results["seconds"],
         "trained_together": results["trained_together"],
+        "illustrated": "illustrated" in manifest["parents"]["photo_source"],
         "peak_memory_gb": results["peak_memory_gb"],
         "megabytes": weights_bytes(folder / "run") / 1e6,
         "images_per_second": speed["pictures"] / speed["seconds"],
     }
-    (folder / FAILURE).unlink(missing_ok=True)
     write_text_atomic(folder / RESULT, json.dumps(facts, indent=1, sort_keys=True) + "\n")
 
 
