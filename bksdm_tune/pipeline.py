@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.lora import fit
+from bksdm_tune.lora import fit, layouts
+from bksdm_tune.lora.fold import fold
 from bksdm_tune.resolve import Parts, unet_config
 
 # diffusers warns about the safety checker that small and compressed pipelines do not ship.
@@ -96,15 +97,20 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
 
 
 def put_on(pipe: Any, adapter: Path, name: str) -> None:
-    """Load a LoRA into a pipeline of the backbone ``name``.
+    """Load an adapter into a pipeline of the backbone ``name``: what diffusers reads through its
+    own loader, the rest (LoHa, LoKr, DoRA, old layouts) folded into the weights.
 
     Raises:
         DataError: it belongs to another architecture, or does not fit.
     """
     fit.check(adapter, pipe.unet.config)
+    whole = layouts.read(adapter)
+    if not (whole.plain and whole.layout in ("diffusers", "kohya")):
+        fold({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, whole, adapter)
+        return
     try:
         pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError) as error:
         raise DataError(f"{adapter} does not fit {name}: {str(error).splitlines()[0]}") from None
 
 

@@ -167,6 +167,46 @@ def test_a_file_that_answers_differently_is_not_left(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("kind", ["loha", "dora", "old"])
+def test_what_diffusers_does_not_read_is_folded_in(
+    runs: Any, tmp_path: Path, kind: str, capsys: Any
+) -> None:
+    """As a whole pipeline it answers with the update by its formula."""
+    from safetensors.torch import save_file
+
+    run, path = runs("base", False, False), tmp_path / "x.safetensors"
+    base = Path(json.loads((run / "manifest.json").read_text())["parents"]["backbone"]["ref"])
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"
+    weight = UNet2DConditionModel.from_pretrained(base / "unet").get_submodule(layer).weight
+    torch.manual_seed(0)
+    out, inner = weight.shape
+    a, b, c, d = (
+        torch.randn(out, 2),
+        torch.randn(2, inner),
+        torch.randn(out, 2),
+        torch.randn(2, inner),
+    )
+    name = f"lora_unet_{layer.replace('.', '_')}"
+    if kind == "loha":
+        save_file({f"{name}.hada_w1_a": a, f"{name}.hada_w1_b": b, f"{name}.hada_w2_a": c,
+                   f"{name}.hada_w2_b": d, f"{name}.alpha": torch.tensor(1.0)}, path)  # fmt: skip
+        wanted = weight + (a @ b) * (c @ d) / 2
+    elif kind == "dora":
+        size = torch.rand(out) + 1
+        save_file({f"{name}.lora_down.weight": b, f"{name}.lora_up.weight": a,
+                   f"{name}.dora_scale": size[:, None]}, path)  # fmt: skip
+        changed = weight + a @ b
+        wanted = changed * (size / changed.norm(dim=1))[:, None]
+    else:
+        old = layer.replace("to_q", "processor.to_q_lora")
+        save_file({f"{old}.down.weight": b, f"{old}.up.weight": a}, path)
+        wanted = weight + a @ b
+    words = ["export", str(path), "--backbone", str(base), "--format", "merged", "--dtype", "fp32"]
+    assert main([*words, "--out", str(tmp_path / "whole")]) == 0, capsys.readouterr().err
+    merged = UNet2DConditionModel.from_pretrained(tmp_path / "whole/unet")
+    torch.testing.assert_close(merged.get_submodule(layer).weight, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_nothing_is_overwritten(runs: Any, tmp_path: Path, capsys: Any) -> None:
     out = tmp_path / "k.safetensors"
     out.write_text("mine")

@@ -25,6 +25,7 @@ from bksdm_tune.files.answers import Answers, apart, ask
 from bksdm_tune.files.write import write_adapter
 from bksdm_tune.lora import fit, layouts
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update, resized
+from bksdm_tune.lora.fold import fold
 from bksdm_tune.pipeline import load_part, load_pipeline
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.resolve import Parts, unet_config
@@ -181,15 +182,7 @@ def merged_parts(source: Source) -> dict[str, Any]:
     if source.parts.adapter is None:
         return models
     fit.check(source.parts.adapter, models[UNET].config)
-    adapter = layouts.read(source.parts.adapter)
-    for part, model in models.items():
-        modules = dict(model.named_modules())
-        for path, update in adapter.of(part).items():
-            layer = modules.get(path) or modules.get(path.removeprefix("text_model."))
-            if layer is None:
-                raise DataError(f"{source.parts.adapter}: the {part} has no layer {path}.")
-            with torch.no_grad():
-                layer.weight.copy_(update.merged(layer.weight))
+    fold(models, layouts.read(source.parts.adapter), source.parts.adapter)
     return models
 
 

@@ -27,6 +27,7 @@ def write_adapter(
     Raises:
         DataError: the file reads back to something else; nothing is left.
     """
+    adapter.check_plain(f"The layout {layout}")
     if layout == "kohya":
         tensors, metadata = layouts.kohya_tensors(adapter.updates.items()), {"format": "pt"}
     else:
