@@ -60,7 +60,7 @@ def save(cls, save_directory, unet_lora_layers=None, text_encoder_lora_layers=No
         tensors |= {{f"{{part}}.{{k}}": v.detach().cpu() for k, v in (layers or {{}}).items()}}
         said |= {{f"{{part}}.{{k}}": v for k, v in (metadata or {{}}).items()}}
     text = json.dumps(said, default=lambda v: sorted(v) if isinstance(v, set) else str(v))
-    alphas = layouts.alphas_of({{"lora_adapter_metadata": text}})
+    alphas = layouts.said_by({{"lora_adapter_metadata": text}})
     adapter = layouts._adapter(tensors, {{}}, alphas)
     path = Path(save_directory) / "pytorch_lora_weights.safetensors"
     more = {{"lora_adapter_metadata": text}} if said else {{}}

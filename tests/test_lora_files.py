@@ -132,6 +132,31 @@ def test_peft_folders(tmp_path: Path) -> None:
     same(adapter, layouts.read(tmp_path))
 
 
+@pytest.mark.parametrize("how", ["rslora", "pattern"])
+def test_peft_folders_agree_with_peft(tmp_path: Path, how: str) -> None:
+    """Against PEFT's own merge: rank-stabilised scale, alphas by the ends of names."""
+    from peft import LoraConfig, get_peft_model
+
+    from tiny import make_unet
+
+    torch.manual_seed(0)
+    unet = make_unet(size="tiny")
+    before = {k: v.clone() for k, v in unet.state_dict().items()}
+    more: dict[str, Any] = (
+        {"use_rslora": True} if how == "rslora" else {"alpha_pattern": {"to_q": 9}}
+    )
+    config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False,
+                        **more[how])  # fmt: skip
+    model = get_peft_model(unet, config)
+    model.save_pretrained(tmp_path)
+    adapter = layouts.read(tmp_path)
+    after = model.merge_and_unload().state_dict()
+    assert len(adapter.of("unet")) > 10
+    for path, update in adapter.of("unet").items():
+        key = f"{path}.weight"
+        torch.testing.assert_close(update.delta(), after[key] - before[key], rtol=1e-4, atol=1e-5)
+
+
 def test_lycoris_updates_are_their_formulas(tmp_path: Path) -> None:
     """LoHa, LoKr, LoCon with and without a middle factor, written out; alpha 2 at rank 4."""
     g = torch.Generator().manual_seed(1)

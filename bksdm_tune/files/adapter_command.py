@@ -179,10 +179,10 @@ def provenance_of(name: str, made_from: str | None, how: str) -> Any:
     from bksdm_tune.adapters import Provenance
     from bksdm_tune.architecture import describe as words
     from bksdm_tune.architecture import fingerprint
-    from bksdm_tune.lora.fit import config_of
+    from bksdm_tune.lora.fit import config_of, registered
 
     config = config_of(name)
-    return Provenance(name, fingerprint(config), words(config), made_from or "", how)
+    return Provenance(registered(name), fingerprint(config), words(config), made_from or "", how)
 
 
 def resize(config: Resize) -> None:

@@ -49,6 +49,8 @@ def main(argv: list[str]) -> int:
     from bksdm_tune.files.write import write_adapter
     from bksdm_tune.lora import layouts
 
+    if config.out.exists():
+        raise UsageError(f"{config.out} is there already; choose another --out.")
     adapter = layouts.read(config.file)
     target = known(config.to, "--to")
     source = known(config.source, "--from") if config.source else None
@@ -81,6 +83,7 @@ def mend(config: Config, source: str, target: str, words: str | None) -> Any:
         raise UsageError('--heal needs to know what the adapter means: --subject "sks dog".')
     from bksdm_tune.artifacts import locked, sha256_file
     from bksdm_tune.files.heal import Healing, heal
+    from bksdm_tune.lora.fit import registered
     from bksdm_tune.pipeline import best_device
     from bksdm_tune.resolve import resolve
     from bksdm_tune.runs import occupy
@@ -104,11 +107,6 @@ def prompts_of(words: str) -> tuple[str, ...]:
     noun = words.split(maxsplit=1)[-1]
     templates = LIVE_PROMPTS if noun in LIVE_CLASSES else OBJECT_PROMPTS
     return (*(t.replace("{0} {1}", words) for t in templates), f"a {words}", f"a {noun}")
-
-
-def registered(name: str) -> str:
-    """The registry row of an architecture's weights: sd-v1-4 for sd-v1."""
-    return {"sd-v1": "sd-v1-4", "sd-v2": "sd-v2-1-base"}.get(name, name)
 
 
 def known(name: str, flag: str) -> str:

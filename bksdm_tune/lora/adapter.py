@@ -59,12 +59,15 @@ class Update:
         changed = base + strength * self.delta().reshape(base.shape)
         if self.magnitude is None:
             return changed
-        # Liu et al. 2024, equation 5: the direction is changed, the magnitude is learned.
-        norm = changed.flatten(1).norm(dim=1)
-        wanted = self.magnitude.float().flatten()
+        # Liu et al. 2024, equation 5: the direction is changed, the magnitude is learned.  LyCORIS
+        # keeps it along the inputs, as (1, in, ...), others along the outputs.
+        wanted = self.magnitude.float()
+        along_inputs = wanted.ndim > 1 and len(wanted) == 1 and wanted.numel() > 1
+        dims = [d for d in range(changed.ndim) if d != int(along_inputs)]
+        norm = changed.norm(dim=dims, keepdim=True)
         if wanted.numel() != norm.numel():
-            raise DataError("a DoRA magnitude along the inputs cannot be merged")
-        whole = changed * (wanted / norm).reshape(-1, *[1] * (changed.ndim - 1))
+            raise DataError("has a DoRA magnitude that does not fit its layer.")
+        whole = changed * (wanted.reshape(norm.shape) / norm)
         return whole if strength == 1 else base + strength * (whole - base)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,12 +111,20 @@ def _refusal(
     here = name_of(fingerprint(config))
     text = (
         f"{path} was made for {made_for}; the backbone here is {describe(config)}. Its layers "
-        f"would land in the wrong places. Use it with --backbone {ref or name or 'NAME'}"
+        "would land in the wrong places"
     )
+    if ref or name:
+        text += f". Use it with --backbone {ref or registered(name or '')}"
     if name and here and ARCHITECTURES[name][0] == ARCHITECTURES[here][0]:
         moved = path.with_name(f"{path.stem}-{here}.safetensors")
-        text += f", or type: bksdm-tune port {path} --from {name} --to {here} --out {moved}"
+        words = ["port", str(path), "--from", name, "--to", here, "--out", str(moved)]
+        text += f", or type: bksdm-tune {shlex.join(words)}"
     return text + "."
+
+
+def registered(name: str) -> str:
+    """The registry row of an architecture's weights: sd-v1-4 for sd-v1."""
+    return {"sd-v1": "sd-v1-4", "sd-v2": "sd-v2-1-base"}.get(name, name)
 
 
 def name_of(wanted: str) -> str | None:

@@ -12,6 +12,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def read(path: Path) -> Adapter:
         return _peft_folder(path)
     tensors, metadata = _tensors(path)
     try:
-        return _adapter(tensors, metadata, alphas_of(metadata))
+        return _adapter(tensors, metadata, said_by(metadata))
     except DataError as error:
         raise DataError(f"{path} {error}") from None
 
@@ -88,7 +89,7 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _adapter(
-    tensors: dict[str, Tensor], metadata: dict[str, str], alphas: dict[str, float]
+    tensors: dict[str, Tensor], metadata: dict[str, str], alphas: dict[str, Said]
 ) -> Adapter:
     parts: dict[str, dict[str, Tensor]] = defaultdict(dict)
     kinds: dict[str, str] = {}
@@ -113,7 +114,7 @@ def _adapter(
 
 
 def _update(
-    layer: str, kind: str | None, factors: dict[str, Tensor], alphas: dict[str, float]
+    layer: str, kind: str | None, factors: dict[str, Tensor], alphas: dict[str, Said]
 ) -> Update:
     alpha, magnitude = factors.pop("alpha", None), factors.pop("magnitude", None)
     lacking = [name for name in NEEDED.get(kind or "", ()) if name not in factors]
@@ -127,10 +128,9 @@ def _update(
             ZeroDivisionError):  # fmt: skip
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in factors.items())
         raise DataError(f"has factors of {layer} that do not fit each other: {shapes}.") from None
-    if alpha is None and layer in alphas:
-        return Update(kind, factors, alphas[layer], magnitude)
-    if alpha is None and (part := layer.split(".", 1)[0]) in alphas:
-        return Update(kind, factors, alphas[part], magnitude)
+    part, path = layer.split(".", 1)
+    if alpha is None and part in alphas:
+        return Update(kind, factors, alphas[part].alpha_of(path, update.rank), magnitude)
     return update
 
 
@@ -196,24 +196,50 @@ def dotted(name: str) -> str | None:
     return ".".join(parts)
 
 
-def alphas_of(metadata: dict[str, str]) -> dict[str, float]:
-    """From diffusers' ``lora_adapter_metadata``: layer or part -> alpha."""
+@dataclass(frozen=True)
+class Said:
+    """What metadata says of the alphas of a part: one for all, others by pattern, and whether the
+    scale is alpha / sqrt(rank) (rank-stabilised, Kalajdzievski 2023) in place of alpha / rank."""
+
+    alpha: float | None = None
+    patterns: tuple[tuple[str, float], ...] = ()
+    stabilised: bool = False
+
+    @staticmethod
+    def of(config: dict[str, Any], prefix: str = "") -> Said:
+        """
+        Raises:
+            DataError: the fields are not what PEFT writes.
+        """
+        alpha = config.get(f"{prefix}lora_alpha", config.get(f"{prefix}alpha"))
+        pattern = config.get(f"{prefix}alpha_pattern") or {}
+        try:
+            pairs = tuple((str(name), float(value)) for name, value in pattern.items())
+            whole = None if alpha is None else float(alpha)
+        except (AttributeError, TypeError, ValueError):
+            raise DataError(f"has alphas that are none: {alpha!r:.40}, {pattern!r:.80}.") from None
+        return Said(whole, pairs, bool(config.get(f"{prefix}use_rslora")))
+
+    def alpha_of(self, path: str, rank: int) -> float | None:
+        """That which makes alpha / rank the scale; PEFT matches the ends of names."""
+        found = self.alpha
+        for pattern, value in self.patterns:
+            names = (path, path.removeprefix("text_model."))
+            if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names):
+                found = value
+                break
+        return found * rank**0.5 if self.stabilised and found is not None else found
+
+
+def said_by(metadata: dict[str, str]) -> dict[str, Said]:
+    """From diffusers' ``lora_adapter_metadata``, by part."""
     try:
-        said: dict[str, Any] = json.loads(metadata.get("lora_adapter_metadata", "{}"))
+        said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
     except json.JSONDecodeError:
         return {}
     if not isinstance(said, dict):
         raise DataError("has a lora_adapter_metadata that is no object.")
-    found: dict[str, float] = {}
-    for part in (UNET, TEXT):
-        if isinstance(said.get(f"{part}.lora_alpha"), int | float):
-            found[part] = float(said[f"{part}.lora_alpha"])
-        pattern = said.get(f"{part}.alpha_pattern") or {}
-        try:
-            found |= {_layer(f"{part}.{layer}"): float(alpha) for layer, alpha in pattern.items()}
-        except (AttributeError, TypeError, ValueError):
-            raise DataError(f"has an alpha_pattern that is none: {pattern!r:.80}.") from None
-    return found
+    return {part: Said.of(said, f"{part}.") for part in (UNET, TEXT)}
 
 
 def _peft_folder(folder: Path) -> Adapter:
@@ -225,11 +251,8 @@ def _peft_folder(folder: Path) -> Adapter:
     for place in places:
         tensors, metadata = _tensors(place / PEFT_FILE)
         config = read_json(place / PEFT_CONFIG)
-        alpha = config.get("lora_alpha")
-        alphas = {part: float(alpha) for part in (UNET, TEXT)} if alpha is not None else {}
-        for layer, value in (config.get("alpha_pattern") or {}).items():
-            alphas[_layer(layer)] = float(value)
         try:
+            alphas = {part: Said.of(config) for part in (UNET, TEXT)}
             updates |= _adapter(tensors, metadata, alphas).updates
         except DataError as error:
             raise DataError(f"{place / PEFT_FILE} {error}") from None
