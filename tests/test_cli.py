@@ -27,7 +27,13 @@ VERBS = (
     "dreambooth",
     "generate",
     "evaluate",
+    "score",
+    "sweep",
     "compare",
+    "export",
+    "adapter",
+    "port",
+    "push",
     "doctor",
 )
 

@@ -11,7 +11,6 @@ from bksdm_tune.artifacts import locked, write_text_atomic
 from bksdm_tune.config import load_toml, parse, save_toml
 from bksdm_tune.errors import UsageError
 from bksdm_tune.resolve import resolve
-from bksdm_tune.runs import occupy
 from bksdm_tune.sweep.cells import FAILURE, Cell, Task, cells, lasting, tasks
 from bksdm_tune.sweep.config import Config
 from bksdm_tune.sweep.work import CONFIG, wait_for_others
@@ -29,6 +28,8 @@ def main(argv: list[str]) -> int:
     for backbone in dict.fromkeys(cell.backbone for cell in wanted):
         resolve(backbone)  # mistyped ones are told before anything starts
     config = placed(config)
+    from bksdm_tune.runs import occupy
+
     with locked(config.out):
         config = replace(config, protocol=settled(config))
         facts = json.loads(json.dumps(asdict(config), default=str))
