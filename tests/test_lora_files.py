@@ -146,7 +146,7 @@ def test_peft_folders_agree_with_peft(tmp_path: Path, how: str) -> None:
         {"use_rslora": True} if how == "rslora" else {"alpha_pattern": {"to_q": 9}}
     )
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_v"], init_lora_weights=False,
-                        **more[how])  # fmt: skip
+                        **more)  # fmt: skip
     model = get_peft_model(unet, config)
     model.save_pretrained(tmp_path)
     adapter = layouts.read(tmp_path)
