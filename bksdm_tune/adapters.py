@@ -176,7 +176,15 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def read_provenance(path: Path) -> Provenance | None:
     """Our provenance record, or None for a file made by another tool."""
-    _, metadata = read_adapter(path)
+    return provenance_in(path, read_adapter(path)[1])
+
+
+def provenance_in(path: Path, metadata: dict[str, str]) -> Provenance | None:
+    """Our record in the metadata of the file at ``path``.
+
+    Raises:
+        DataError: it cannot be read.
+    """
     if PROVENANCE not in metadata:
         return None
     try:

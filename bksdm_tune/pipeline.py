@@ -17,7 +17,8 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.lora import fit, layouts
+from bksdm_tune.lora import fit
+from bksdm_tune.lora.adapter import Adapter
 from bksdm_tune.lora.fold import fold
 from bksdm_tune.resolve import Parts, unet_config
 
@@ -86,25 +87,24 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     device = device or best_device()
     dtype = torch.float32 if device == "cpu" else torch.float16
     config = unet_config(parts)
-    if parts.adapter is not None:
-        fit.check(parts.adapter, config)  # before gigabytes are loaded
+    # The adapter before gigabytes are loaded.
+    whole = None if parts.adapter is None else fit.check(parts.adapter, config)
     unet, vae, text_encoder = (load_part(parts, p, dtype) for p in ("unet", "vae", "text_encoder"))
     text = (load_part(parts, "tokenizer"), text_encoder)
     pipe = assemble(unet, vae, load_part(parts, "scheduler"), text).to(device)
-    if parts.adapter is not None:
-        put_on(pipe, parts.adapter, parts.name)
+    if whole is not None and parts.adapter is not None:
+        put_on(pipe, whole, parts.adapter, parts.name)
     return pipe
 
 
-def put_on(pipe: Any, adapter: Path, name: str) -> None:
-    """Load an adapter into a pipeline of the backbone ``name``: what diffusers reads through its
-    own loader, the rest (LoHa, LoKr, DoRA, old layouts) folded into the weights.
+def put_on(pipe: Any, whole: Adapter, adapter: Path, name: str) -> None:
+    """Load an adapter, ``whole`` as ``fit.check`` read it from the file ``adapter``, into a
+    pipeline of the backbone ``name``: what diffusers reads through its own loader, the rest (LoHa,
+    LoKr, DoRA, old layouts) folded into the weights.
 
     Raises:
-        DataError: it belongs to another architecture, or does not fit.
+        DataError: it does not fit.
     """
-    fit.check(adapter, pipe.unet.config)
-    whole = layouts.read(adapter)
     if not (whole.plain and whole.layout in ("diffusers", "kohya")):
         fold({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, whole, adapter)
         return

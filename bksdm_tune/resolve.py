@@ -102,6 +102,20 @@ def hash_parts(parts: Parts) -> dict[str, str]:
     }
 
 
+def hash_model(parts: Parts) -> dict[str, str | None]:
+    """Content keys of all that decides what a model draws, an adapter included."""
+    adapter = None if parts.adapter is None else sha256_file(parts.adapter)
+    return {**hash_parts(parts), "adapter": adapter}
+
+
+def tuned_from(run: Path) -> Parts | None:
+    """The backbone that a run's manifest names; None where there is none."""
+    if not (run / MANIFEST).is_file():
+        return None
+    named = read_manifest(run)["parents"].get("backbone")
+    return resolve(named["ref"], named.get("base")) if named else None
+
+
 def _registered_folder(row: Backbone) -> Path:
     if row.source != EMBEDDED:
         return hub_folder(row.source)

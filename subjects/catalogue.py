@@ -144,7 +144,17 @@ def get_subject(name: str) -> Subject:
 
 def prompts_for(subject: Subject) -> tuple[str, ...]:
     """The 25 DreamBooth templates for this subject: {0} is the identifier, {1} the class noun."""
-    return LIVE_PROMPTS if subject.live else OBJECT_PROMPTS
+    return prompts_of_class(subject.class_noun)
+
+
+def group_of(class_noun: str) -> str:
+    """``live`` or ``object``: which list of prompts a class has."""
+    return "live" if class_noun in LIVE_CLASSES else "object"
+
+
+def prompts_of_class(class_noun: str) -> tuple[str, ...]:
+    """As ``prompts_for``, for anyone's subject."""
+    return LIVE_PROMPTS if group_of(class_noun) == "live" else OBJECT_PROMPTS
 
 
 def prompt_type(template: str) -> str:

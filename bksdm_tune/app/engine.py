@@ -20,7 +20,8 @@ from bksdm_tune.app.library import Library, Model
 from bksdm_tune.artifacts import sha256_file
 from bksdm_tune.config import check_range
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.generate import SUBJECT, fill_subject
+from bksdm_tune.generate import fill_subject
+from bksdm_tune.lora import fit
 from bksdm_tune.pipeline import Shot, best_device, draw, expand, load_pipeline, put_on
 from bksdm_tune.resolve import Parts, resolve
 
@@ -122,7 +123,8 @@ class Engine:
             if self.worn.pop(key, None) is not None:
                 pipe.unload_lora_weights()
             if parts.adapter is not None and wanted is not None:
-                put_on(pipe, parts.adapter, parts.name)
+                whole = fit.check(parts.adapter, pipe.unet.config)
+                put_on(pipe, whole, parts.adapter, parts.name)
                 self.worn[key] = wanted
         if parts.adapter is not None:
             names = pipe.get_list_adapters()
@@ -151,10 +153,3 @@ def settings_of(path: Path) -> dict[str, Any]:
         raise DataError("That picture does not say how it was drawn; only this program's do.")
     known = {field.name for field in fields(Shot)}
     return {name: value for name, value in said.items() if name in known}
-
-
-def example_prompts(live: bool) -> list[str]:
-    """The 25 DreamBooth prompts with {subject}."""
-    from subjects.catalogue import LIVE_PROMPTS, OBJECT_PROMPTS
-
-    return [t.replace("{0} {1}", SUBJECT) for t in (LIVE_PROMPTS if live else OBJECT_PROMPTS)]

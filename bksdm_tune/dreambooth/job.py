@@ -18,7 +18,7 @@ from bksdm_tune.optim import check_training
 from bksdm_tune.pipeline_folder import check_resolution, native_resolution
 from bksdm_tune.resolve import Parts, hash_parts, resolve, unet_config
 from bksdm_tune.runs import without_steps
-from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill, get_subject
+from subjects.catalogue import fill, get_subject, prompts_of_class
 from subjects.photos import PhotoSet, read_photos
 
 KINDS = {True: "dreambooth-lora", False: "dreambooth-full"}
@@ -200,7 +200,7 @@ def default_folder(config: Config, parts: Parts) -> Path:
 
 
 def default_previews(noun: str) -> tuple[str, ...]:
-    templates = LIVE_PROMPTS if noun in LIVE_CLASSES else OBJECT_PROMPTS
+    templates = prompts_of_class(noun)
     return tuple(templates[i].replace("{0} {1}", "{subject}") for i in DEFAULT_PREVIEWS)
 
 

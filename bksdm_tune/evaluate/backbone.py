@@ -24,7 +24,7 @@ from bksdm_tune.evaluate.pictures import captions_hash, draw_all, files_of, read
 from bksdm_tune.evaluate.results import Metric, read_results, read_rows, write_results
 from bksdm_tune.evaluate.statistics import block_interval, bootstrap_mean
 from bksdm_tune.pipeline import Shot, load_pipeline
-from bksdm_tune.resolve import Parts, hash_parts, resolve
+from bksdm_tune.resolve import Parts, hash_model, resolve
 from bksdm_tune.runs import occupy
 
 KIND = "backbone"
@@ -86,7 +86,7 @@ def evaluate(config: Config, device: str) -> Path | None:
     extractors = load_extractors(config, device)  # before hours of drawing
     real_key = real_facts(config)
     real = read_real(config, real_key, extractors, device) if config.real else None
-    weights = hash_parts(parts) | {"adapter": parts.adapter and sha256_file(parts.adapter)}
+    weights = hash_model(parts)
     with locked(config.out):
         other = "pictures of another backbone, caption list or sampling"
         occupy(config.out, drawing | weights, "evaluation", other)

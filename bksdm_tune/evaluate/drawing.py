@@ -11,13 +11,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune.artifacts import cached, locked, sha256_file, write_text_atomic
+from bksdm_tune.artifacts import cached, locked, write_text_atomic
 from bksdm_tune.evaluate.manifest import ClassPrior, Generated, Reference, Row, write_rows
 from bksdm_tune.pipeline import Shot, draw, load_pipeline, save_png
 from bksdm_tune.pipeline_folder import native_resolution
-from bksdm_tune.resolve import Parts, hash_parts
+from bksdm_tune.resolve import Parts, hash_model, hash_parts
 from bksdm_tune.runs import occupy
-from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, fill
+from subjects.catalogue import fill, group_of, prompts_of_class
 from subjects.photos import PhotoSet
 
 CHUNK = 8  # pictures between two saves; drawing goes on after an interruption
@@ -56,10 +56,10 @@ class Sitter:
 
     @property
     def group(self) -> str:
-        return "live" if self.class_noun in LIVE_CLASSES else "object"
+        return group_of(self.class_noun)
 
     def templates(self, grid: Grid) -> tuple[str, ...]:
-        return (LIVE_PROMPTS if self.group == "live" else OBJECT_PROMPTS)[: grid.prompts]
+        return prompts_of_class(self.class_noun)[: grid.prompts]
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def draw_for_score(
 
 def facts_of(parts: Parts, sitter: Sitter, grid: Grid, side: int | None) -> dict[str, Any]:
     return {
-        "model": hash_parts(parts) | {"adapter": parts.adapter and sha256_file(parts.adapter)},
+        "model": hash_model(parts),
         "subject": [sitter.subject_id, sitter.class_noun, sitter.identifier],
         "photos": [photo.sha256 for photo in sitter.photos.photos],
         "grid": asdict(grid),
@@ -171,20 +171,18 @@ def draw_floor(
 
     Drawn once for all subjects of a class, in the cache.
     """
-    plain = replace(parts, adapter=None)
-    listed = list(orders(sitter, replace(grid, class_images=0), NO_IDENTIFIER))
+    plain, grid = replace(parts, adapter=None), replace(grid, class_images=0)
+    listed = list(orders(sitter, grid, NO_IDENTIFIER))
     facts = {
         "backbone": hash_parts(plain),
         "class_noun": sitter.class_noun,
-        "grid": asdict(replace(grid, class_images=0)),
+        "grid": asdict(grid),
         "side": side,
     }
     common = replace(sitter, subject_id="any")
 
     def make(folder: Path) -> None:
-        draw_missing(
-            plain, list(orders(common, replace(grid, class_images=0), "")), folder, side, device
-        )
+        draw_missing(plain, list(orders(common, grid, NO_IDENTIFIER)), folder, side, device)
 
     folder = cached("floor", facts, make)
     for order in listed:

@@ -331,7 +331,16 @@ def encode(
     """
     parts = []
     for start in range(0, len(pictures), batch_size):
-        arrays = [encoder.prepare(open_photo(p)) for p in pictures[start : start + batch_size]]
-        batch = torch.from_numpy(np.stack(arrays)).to(device)
-        parts.append(apply(batch).float().cpu().numpy())
+        images = [open_photo(path) for path in pictures[start : start + batch_size]]
+        parts.append(features(apply, encoder, images, device))
     return np.concatenate(parts)
+
+
+@torch.inference_mode()
+def features(
+    apply: Callable[[Tensor], Tensor], encoder: Encoder, images: list[Image.Image], device: str
+) -> NDArray[np.float32]:
+    """Features (N, width) of one batch of pictures, in float32 on a GPU too."""
+    batch = torch.from_numpy(np.stack([encoder.prepare(image) for image in images]))
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        return apply(batch.to(device)).float().cpu().numpy()

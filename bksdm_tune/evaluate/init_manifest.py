@@ -13,7 +13,7 @@ from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.evaluate.drawing import MANIFEST, link
 from bksdm_tune.evaluate.manifest import Generated, Reference, Row, write_rows
 from bksdm_tune.evaluate.results import SCORES
-from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS, SUBJECTS, fill
+from subjects.catalogue import SUBJECTS, fill, group_of, prompts_of_class
 from subjects.photos import find_photos, is_photo_name, natural_order, read_photos
 
 PHOTOS = "references"
@@ -75,8 +75,7 @@ def references(folder: Path, name: str, photos: Path | None) -> list[Row]:
 
 
 def generated(folder: Path, name: str, noun: str, identifier: str) -> list[Row]:
-    group = "live" if noun in LIVE_CLASSES else "object"
-    templates = LIVE_PROMPTS if group == "live" else OBJECT_PROMPTS
+    group, templates = group_of(noun), prompts_of_class(noun)
     rows: list[Row] = []
     for place in sorted(p for p in (folder / name).iterdir() if p.is_dir()):
         number = which(place.name, templates, noun, identifier)

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from bksdm_tune.artifacts import content_key, sha256_file, versions, write_text_atomic
 from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import subject_scores as scores
+from bksdm_tune.evaluate.encoders import features
 from bksdm_tune.evaluate.manifest import Pictures, read_pictures
 from bksdm_tune.evaluate.protocols import Judges
 from bksdm_tune.evaluate.report import Point, write_report
@@ -91,28 +92,25 @@ def kind(column: str) -> str:
     return kinds.get(column, "string")
 
 
-@torch.inference_mode()
 def encode(pictures: Pictures, judges: Judges, batch_size: int, device: str) -> tuple[Space, Space]:
     """DINO and CLIP features of every file, decoded once for both: path -> unit row."""
     paths = sorted({row.path for row in pictures.rows})
     found: tuple[Space, Space] = {}, {}
     starts = tqdm(range(0, len(paths), batch_size), "encoding", unit="batch", disable=None)
-    with torch.backends.cudnn.flags(allow_tf32=False):  # float32 is what the protocol says
-        for start in starts:
-            part = paths[start : start + batch_size]
-            images = [open_photo(pictures.folder / path) for path in part]
-            for encoder, space in zip((judges.dino, judges.clip), found, strict=True):
-                batch = np.stack([encoder.prepare(image) for image in images])
-                features = encoder.images(torch.from_numpy(batch).to(device)).float()
-                space.update(zip(part, scores.unit(features.cpu().numpy()), strict=True))
+    for start in starts:
+        part = paths[start : start + batch_size]
+        images = [open_photo(pictures.folder / path) for path in part]
+        for encoder, space in zip((judges.dino, judges.clip), found, strict=True):
+            rows = scores.unit(features(encoder.images, encoder, images, device))
+            space.update(zip(part, rows, strict=True))
     return found
 
 
 @torch.inference_mode()
 def encode_texts(judges: Judges, texts: list[str]) -> Space:
     assert judges.clip.texts is not None
-    features = judges.clip.texts(texts).float().cpu().numpy()
-    return dict(zip(texts, scores.unit(features), strict=True))
+    rows = scores.unit(judges.clip.texts(texts).float().cpu().numpy())
+    return dict(zip(texts, rows, strict=True))
 
 
 def diversity(pictures: Pictures, judges: Judges) -> dict[str, float]:

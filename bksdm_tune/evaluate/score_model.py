@@ -15,7 +15,7 @@ from bksdm_tune.evaluate.score_config import Config
 from bksdm_tune.evaluate.watch import ON_THE_WAY, curve, read_points
 from bksdm_tune.generate import Config as Drawing
 from bksdm_tune.generate import find_model
-from bksdm_tune.resolve import Parts, resolve
+from bksdm_tune.resolve import Parts, tuned_from
 from subjects.photos import read_photos
 
 UNTUNED = "untuned"
@@ -95,8 +95,4 @@ def backbone_of(config: Config, parts: Parts) -> Parts | None:
     where nothing says."""
     if parts.adapter is not None:
         return replace(parts, adapter=None)
-    run = Path(config.model or "")
-    if not (run / MANIFEST).is_file():
-        return None
-    trained_on = read_manifest(run)["parents"].get("backbone")
-    return resolve(trained_on["ref"], trained_on.get("base")) if trained_on else None
+    return tuned_from(Path(config.model or ""))

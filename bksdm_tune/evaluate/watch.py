@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from PIL import Image
 from bksdm_tune.artifacts import content_key
 from bksdm_tune.errors import ProtocolError
 from bksdm_tune.evaluate.drawing import Grid, Order, Sitter, orders
+from bksdm_tune.evaluate.encoders import Encoder, features
 from bksdm_tune.evaluate.manifest import Generated
 from bksdm_tune.evaluate.protocols import Judges
 from bksdm_tune.evaluate.statistics import bootstrap_mean
@@ -79,11 +79,8 @@ class Watch:
         means = float(dino.mean()), float(clip_t.mean())
         return Point(step, *means, *intervals, fingerprint=content_key(self.judges.facts))
 
-    @torch.inference_mode()
-    def _encode(self, encoder: Any, pictures: list[Image.Image]) -> NDArray[np.float64]:
-        prepare: Callable[[Image.Image], NDArray[np.uint8]] = encoder.prepare
-        batch = torch.from_numpy(np.stack([prepare(picture) for picture in pictures]))
-        return unit(encoder.images(batch.to(self.device)).float().cpu().numpy())
+    def _encode(self, encoder: Encoder, pictures: list[Image.Image]) -> NDArray[np.float64]:
+        return unit(features(encoder.images, encoder, pictures, self.device))
 
 
 def check_protocol(points: list[Point], judges: Judges) -> None:

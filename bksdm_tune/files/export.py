@@ -135,8 +135,7 @@ def kohya_metadata(source: Source, adapter: Adapter) -> dict[str, str]:
 
 def is_v2(parts: Parts) -> bool:
     """SD-v2's text width; its files are laid out otherwise."""
-    config = json.loads((parts.unet / "config.json").read_text())
-    return bool(config.get("cross_attention_dim") == 1024)
+    return bool(unet_config(parts).get("cross_attention_dim") == 1024)
 
 
 def read_lora(source: Source, target: Path) -> Answers:
@@ -181,8 +180,8 @@ def merged_parts(source: Source) -> dict[str, Any]:
     models = {part: load_part(source.parts, part) for part in (UNET, TEXT)}
     if source.parts.adapter is None:
         return models
-    fit.check(source.parts.adapter, models[UNET].config)
-    fold(models, layouts.read(source.parts.adapter), source.parts.adapter)
+    whole = fit.check(source.parts.adapter, models[UNET].config)
+    fold(models, whole, source.parts.adapter)
     return models
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from tyro.conf import Positional
 
 from bksdm_tune.config import check_range, parse
-from bksdm_tune.resolve import Parts, resolve
+from bksdm_tune.resolve import tuned_from
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def main(argv: list[str]) -> int:
     model = find_model(Drawing(config.model, "", backbone=config.backbone, base=config.base))
     before = replace(model.parts, adapter=None)
     if model.parts.adapter is None:
-        before = tuned_from(config.model, before)
+        before = tuned_from(Path(config.model)) or before
     source = Source(model.parts, before, model.trigger, config.dtype, config.rank)
     found = export(source, config.format, config.out)
     print(f"Wrote {config.out}. Read back and asked the same, the largest difference is:")
@@ -55,13 +55,3 @@ def main(argv: list[str]) -> int:
     if config.format == "svd":
         print(f"Rank {config.rank} keeps {100 * energy(source, config.out):.2f} % of the change.")
     return 0
-
-
-def tuned_from(model: str, parts: Parts) -> Parts:
-    """The backbone of a full run; of anything else itself."""
-    from bksdm_tune.artifacts import MANIFEST, read_manifest
-
-    if not (Path(model) / MANIFEST).is_file():
-        return parts
-    trained_on = read_manifest(Path(model))["parents"].get("backbone")
-    return resolve(trained_on["ref"], trained_on.get("base")) if trained_on else parts

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
-from subjects.catalogue import LIVE_CLASSES, LIVE_PROMPTS, OBJECT_PROMPTS
+from subjects.catalogue import prompts_of_class
+
+if TYPE_CHECKING:
+    from bksdm_tune.lora.adapter import Adapter
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,15 @@ def main(argv: list[str]) -> int:
     moved, dropped = port(adapter, source, target)
     words = config.subject or trigger(adapter.metadata)
     record = provenance_of(target, words, f"ported from {source}")
-    write_adapter(config.out, moved, "diffusers", record)
+
+    def write(path: Path, whole: Adapter) -> None:
+        write_adapter(path, whole, "diffusers", record)
+
+    if config.heal:
+        again = mend(config, source, target, words, lambda path: write(path, moved))
+        write(config.out, again)
+    else:
+        write(config.out, moved)
     print(
         f"Wrote {config.out}: {len(moved.of('unet'))} U-Net layers from {source} to {target}, "
         f"{len(moved.of('text_encoder'))} of the text encoder."
@@ -67,14 +79,19 @@ def main(argv: list[str]) -> int:
         print(f"Dropped {len(dropped)} layers that {target} has not:")
         print("\n".join(f"  {path}" for path in dropped))
     if config.heal:
-        again = mend(config, source, target, words)
-        write_adapter(config.out, again, "diffusers", record)
         print(f"Healed {config.out} in {config.heal_steps} steps.")
     return 0
 
 
-def mend(config: Config, source: str, target: str, words: str | None) -> Any:
-    """The adapter at ``--out`` after healing.
+def mend(
+    config: Config,
+    source: str,
+    target: str,
+    words: str | None,
+    write_ported: Callable[[Path], None],
+) -> Adapter:
+    """The adapter after healing; until then all lies in a folder beside ``--out``, so that it can
+    be interrupted and nothing half-made has the name.
 
     Raises:
         UsageError: nothing says what the adapter means.
@@ -88,15 +105,17 @@ def mend(config: Config, source: str, target: str, words: str | None) -> Any:
     from bksdm_tune.resolve import resolve
     from bksdm_tune.runs import occupy
 
+    folder = config.out.with_suffix(".healing").absolute()
+    ported = folder / "ported.safetensors"
     teacher = replace(resolve(config.teacher or registered(source)), adapter=config.file.resolve())
-    student = replace(resolve(config.student or registered(target)), adapter=config.out.resolve())
+    student = replace(resolve(config.student or registered(target)), adapter=ported)
     healing = Healing(
         teacher, student, prompts_of(words), steps=config.heal_steps, device=best_device()
     )
-    folder = config.out.with_suffix(".healing")  # so that it can be interrupted
     facts = {"file": sha256_file(config.file), "from": source, "to": target, "words": words}
     with locked(folder):
         occupy(folder, facts | {"steps": config.heal_steps}, "healing", "another healing")
+        write_ported(ported)
         result = heal(healing, folder)
     shutil.rmtree(folder)
     return result
@@ -105,8 +124,8 @@ def mend(config: Config, source: str, target: str, words: str | None) -> Any:
 def prompts_of(words: str) -> tuple[str, ...]:
     """The subject in every DreamBooth scene, and its class, to be left as the teacher leaves it."""
     noun = words.split(maxsplit=1)[-1]
-    templates = LIVE_PROMPTS if noun in LIVE_CLASSES else OBJECT_PROMPTS
-    return (*(t.replace("{0} {1}", words) for t in templates), f"a {words}", f"a {noun}")
+    scenes = (template.replace("{0} {1}", words) for template in prompts_of_class(noun))
+    return (*scenes, f"a {words}", f"a {noun}")
 
 
 def known(name: str, flag: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,6 @@ from bksdm_tune.errors import DataError
 from bksdm_tune.lora import layouts
 from bksdm_tune.lora.adapter import Adapter
 
-Reader = Callable[[Path], Adapter]
 TOLERANCE = 1e-6
 
 
@@ -54,12 +52,9 @@ def difference(a: Adapter, b: Adapter) -> float:
     """Of the updates' largest entries, relative to the layer's own; infinite if layers differ."""
     if a.updates.keys() != b.updates.keys():
         return float("inf")
-    worst = 0.0
+    shares = [torch.zeros(())]
     for path, update in a.updates.items():
         one, other = update.delta(), b.updates[path].delta()
-        scale = max(float(one.abs().max()), torch.finfo(torch.float32).tiny)
-        share = float((one - other.reshape(one.shape)).abs().max()) / scale
-        worst = share if share != share else max(worst, share)
-        if worst != worst:
-            break
-    return worst
+        scale = one.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+        shares.append((one - other.reshape(one.shape)).abs().max() / scale)
+    return float(torch.stack(shares).max())  # NaN if one is

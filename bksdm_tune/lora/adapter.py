@@ -48,6 +48,12 @@ class Update:
             return 1.0  # nothing is low-rank, and LyCORIS then leaves alpha out
         return 1.0 if self.alpha is None else self.alpha / self.rank
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of ``delta``, without computing it."""
+        empty = {name: value.to("meta") for name, value in self.factors.items()}
+        return tuple(Update(self.kind, empty, self.alpha).delta().shape)
+
     def delta(self) -> Tensor:
         """The change of the weight, float32; (out, in), or (out, in, k, k) for a convolution."""
         f = {name: value.float() for name, value in self.factors.items()}

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from bksdm_tune.adapters import PROVENANCE, read_provenance
+from bksdm_tune.adapters import PROVENANCE, provenance_in
 from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora import layouts
@@ -68,7 +68,7 @@ def misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
         if path not in shapes:
             wrong.append(f"{path}: there is no such layer")
             continue
-        wanted, found = shapes[path], tuple(update.delta().shape)
+        wanted, found = shapes[path], update.shape
         if _numbers(wanted) != _numbers(found):
             wrong.append(f"{path}: {found}, the layer has {wanted}")
     return wrong
@@ -79,30 +79,32 @@ def _numbers(shape: Shape) -> Shape:
     return shape[:2] if shape[2:] in ((), (1, 1)) else shape
 
 
-def check(path: Path, config: Mapping[str, Any]) -> None:
-    """Refuse an adapter that was made for another architecture than the U-Net with this config.
+def check(path: Path, config: Mapping[str, Any]) -> Adapter:
+    """Read an adapter; refuse it if it was made for another architecture than the U-Net with this
+    config.
 
     Such a file often loads without a word, half of it into the wrong layers.
 
     Raises:
         DataError: it was made for another one; the message says what to type.
     """
-    wanted, made_from = fingerprint(config), read_provenance(path)
-    adapter = layouts.read(path)
+    wanted, adapter = fingerprint(config), layouts.read(path)
+    made_from = provenance_in(path, adapter.metadata)
     if made_from is not None:
         if made_from.architecture == wanted:
-            return
+            return adapter
         name = name_of(made_from.architecture)
         shape = f"{made_from.backbone} ({made_from.shape})"
         raise DataError(_refusal(path, shape, name, config, made_from.backbone))
     own, shapes = name_of(wanted), layer_shapes(config)
     wrong = misfits(adapter, shapes)
     if not wrong and _all_layers(adapter, shapes):
-        return
+        return adapter
     others = inferred(adapter)
     if wrong or (own is not None and own not in others):
         made_for = " or ".join(others) or "no U-Net that this program knows"
         raise DataError(_refusal(path, made_for, others[0] if len(others) == 1 else None, config))
+    return adapter
 
 
 def _refusal(

@@ -123,7 +123,7 @@ def _update(
     try:
         update = Update(kind, factors, None if alpha is None else float(alpha.float()), magnitude)
         assert update.rank > 0
-        update.delta()
+        assert update.shape
     except (RuntimeError, IndexError, ValueError, TypeError, KeyError, AssertionError,
             ZeroDivisionError):  # fmt: skip
         shapes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in factors.items())
@@ -309,6 +309,4 @@ def kohya_tensors(updates: Iterable[tuple[str, Update]]) -> dict[str, Tensor]:
             tensors[f"{name}.lora_{factor}.weight"] = value.contiguous()
         alpha = update.rank if update.alpha is None else update.alpha
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
-        if update.magnitude is not None:
-            tensors[f"{name}.dora_scale"] = update.magnitude.contiguous()
     return tensors
