@@ -20,7 +20,7 @@ from torch import Tensor
 
 from bksdm_tune.adapters import Provenance, read_provenance
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.files import ldm, onnx_format
+from bksdm_tune.files import coreml_format, ldm, onnx_format
 from bksdm_tune.files.answers import Answers, apart, ask
 from bksdm_tune.files.write import write_adapter
 from bksdm_tune.lora import fit, layouts
@@ -32,6 +32,7 @@ from bksdm_tune.resolve import Parts, unet_config
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
+PALETTISED = 0.1  # 64 values for each matrix
 APPROXIMATE = float("inf")  # only reported
 
 
@@ -259,6 +260,16 @@ def read_onnx(source: Source, target: Path) -> Answers:
     return onnx_format.read(load_part(source.parts, "tokenizer"), unet_config(source.parts), target)
 
 
+def write_coreml(source: Source, target: Path) -> None:
+    models = merged_parts(source) | {"vae": load_part(source.parts, "vae")}
+    coreml_format.write(models, load_part(source.parts, "tokenizer"), target)
+
+
+def read_coreml(source: Source, target: Path) -> Answers:
+    models = {part: load_part(source.parts, part) for part in (UNET, TEXT, "vae")}
+    return coreml_format.read(models, load_part(source.parts, "tokenizer"), target)
+
+
 def write_svd(source: Source, target: Path) -> None:
     """A LoRA of chosen rank nearest to what full tuning changed."""
     if source.parts.adapter is not None:
@@ -294,6 +305,7 @@ FORMATS = {
     "merged": Format(write_merged, read_merged, True, tolerance=None),
     "single-file": Format(write_single_file, read_single_file, False, tolerance=None),
     "onnx": Format(write_onnx, read_onnx, folder=True, tolerance=1e-4),
+    "coreml": Format(write_coreml, read_coreml, folder=True, tolerance=PALETTISED),
     "svd": Format(write_svd, read_lora, folder=False, tolerance=APPROXIMATE),
 }
 

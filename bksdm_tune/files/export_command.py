@@ -17,13 +17,13 @@ class Config:
     """Write a run or an adapter in another tool's format, read it back, and compare."""
 
     model: Positional[str]
-    """Run folder, adapter file, or (merged, single-file, onnx) any backbone."""
-    format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "onnx", "svd"]
+    """Run folder, adapter file, or (merged, single-file, onnx, coreml) any backbone."""
+    format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "onnx", "coreml", "svd"]
     """diffusers, peft, kohya: the adapter; merged: a whole pipeline with it folded in; single-file:
     the same as one checkpoint in LDM's layout (ComfyUI, A1111); onnx: U-Net, text encoder and VAE
-    for onnxruntime; svd: a LoRA out of a full run."""
+    for onnxruntime; coreml: the same as palettised ML programs; svd: a LoRA out of a full run."""
     out: Path
-    """File or, for peft, merged and onnx, folder to write."""
+    """File or, for peft, merged, onnx and coreml, folder to write."""
     dtype: Literal["fp32", "fp16", "bf16"] = "fp16"
     """Of merged and single-file."""
     rank: int = 16
@@ -39,6 +39,7 @@ class Config:
 
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune export")
+    from bksdm_tune.files.coreml_format import summary
     from bksdm_tune.files.export import Source, energy, export
     from bksdm_tune.generate import Config as Drawing
     from bksdm_tune.generate import find_model
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> int:
     print(f"Wrote {config.out}. Read back and asked the same, the largest difference is:")
     for name, value in found.items():
         print(f"  {name}: {value:.2g} of the largest answer")
+    if config.format == "coreml":
+        print(summary(config.out))
     if config.format == "svd":
         print(f"Rank {config.rank} keeps {100 * energy(source, config.out):.2f} % of the change.")
     return 0

@@ -5,7 +5,6 @@ Batches of any size; the native resolution.  Read back by onnxruntime.
 
 from __future__ import annotations
 
-import importlib
 import json
 import shutil
 import warnings
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from bksdm_tune.diffusion import tokenise
-from bksdm_tune.errors import UsageError
 from bksdm_tune.files.answers import PROMPT, TIMESTEPS, Answers, latents, question
+from bksdm_tune.files.optional import check_installed
 from bksdm_tune.resolve import INDEX, Parts
 
 FILE, LARGE = "model.onnx", 1.5e9  # bytes; above, weights lie beside the graph (protobuf ends at 2)
@@ -32,17 +31,6 @@ class Graph(NamedTuple):
     model: Any
     inputs: dict[str, Tensor]
     outputs: tuple[str, ...]
-
-
-def check_installed(*names: str, extra: str) -> None:
-    """Raises UsageError: a library is not installed."""
-    for name in names:
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            raise UsageError(
-                f"--format {extra} needs {name}. Type: pip install 'bksdm-tune[{extra}]'"
-            ) from None
 
 
 def graphs(models: dict[str, Any], tokenizer: Any) -> dict[str, Graph]:
