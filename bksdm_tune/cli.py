@@ -42,6 +42,7 @@ VERBS = (
     Verb("subjects",   "subjects.command",              "list, fetch, check the 30 subjects"),
     Verb("dreambooth", "bksdm_tune.dreambooth.command", "teach a model one subject"),
     Verb("generate",   "bksdm_tune.generate",           "draw pictures with what was tuned"),
+    Verb("attention",  "bksdm_tune.attention_command",  "show which words drew which pixels"),
     Verb("evaluate",   "bksdm_tune.evaluate.command",   "score a backbone on captions"),
     Verb("score",      "bksdm_tune.evaluate.score_command", "score pictures of a subject"),
     Verb("sweep",      "bksdm_tune.sweep.command",      "benchmark subjects x backbones x methods"),
@@ -50,6 +51,7 @@ VERBS = (
     Verb("adapter",    "bksdm_tune.files.adapter_command", "inspect, merge, resize adapter files"),
     Verb("port",       "bksdm_tune.files.port_command", "move a LoRA between SD and its students"),
     Verb("push",       "bksdm_tune.files.push",         "upload a run to the Hugging Face Hub"),
+    Verb("app",        "bksdm_tune.app.command",        "the same in a browser"),
     Verb("doctor",     "bksdm_tune.doctor",             "print what a bug report needs"),
 )
 # fmt: on

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from bksdm_tune.device import best_device
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.lora import fit
 from bksdm_tune.lora.adapter import Adapter
@@ -39,12 +40,6 @@ class Shot:
     steps: int = 25
     guidance_scale: float = 7.5
     negative_prompt: str = ""
-
-
-def best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def load_part(parts: Parts, name: str, dtype: torch.dtype = torch.float32) -> Any:

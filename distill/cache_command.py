@@ -12,7 +12,7 @@ FLOAT16 = 2  # bytes
 
 def main(argv: list[str]) -> int:
     config = parse(CacheConfig, argv, "bksdm-tune cache")
-    from bksdm_tune.pipeline import best_device
+    from bksdm_tune.device import best_device
     from bksdm_tune.pipeline_folder import check_resolution, native_resolution
     from distill.cache import Writer
     from distill.data import open_source

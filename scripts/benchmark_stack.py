@@ -22,11 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 
 from bksdm_tune.artifacts import versions
+from bksdm_tune.device import best_device
 from bksdm_tune.dreambooth.config import Config, Model, Output, Who
 from bksdm_tune.dreambooth.job import Job, prepare
 from bksdm_tune.dreambooth.train import load
 from bksdm_tune.optim import make_all
-from bksdm_tune.pipeline import best_device
 from bksdm_tune.precision import autocast
 from bksdm_tune.stacked import clip_each
 from subjects.catalogue import SUBJECTS

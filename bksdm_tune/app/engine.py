@@ -5,6 +5,7 @@ One request draws at a time; the web server's queue decides whose.
 
 from __future__ import annotations
 
+import itertools
 import json
 import threading
 import time
@@ -16,14 +17,18 @@ from typing import Any
 
 from PIL import Image
 
+from bksdm_tune.app import safety
+from bksdm_tune.app.forms import check_types
 from bksdm_tune.app.library import Library, Model
 from bksdm_tune.artifacts import sha256_file
+from bksdm_tune.attention import Maps, attention_maps
 from bksdm_tune.config import check_range
+from bksdm_tune.device import best_device
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.generate import fill_subject
 from bksdm_tune.lora import fit
-from bksdm_tune.pipeline import Shot, best_device, draw, expand, load_pipeline, put_on
-from bksdm_tune.resolve import Parts, resolve
+from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, put_on
+from bksdm_tune.resolve import Parts, resolve, tuned_from
 
 KEPT = 2  # pipelines in memory
 MOST_PICTURES, MOST_STEPS, LONGEST_PROMPT = 16, 150, 2000
@@ -46,8 +51,11 @@ class Request:
     steps: int = 25
     guidance: float = 7.5
     strength: float = 1.0
+    untuned: bool = False
+    """Draw with what the model was tuned from."""
 
     def __post_init__(self) -> None:
+        check_types(self)
         if (self.model is None) == (self.backbone is None):
             raise UsageError("Choose a model to draw with.")
         if not self.prompt.strip():
@@ -64,11 +72,14 @@ class Request:
 
 @dataclass(frozen=True)
 class Drawn:
-    """Pictures with what made them, and the seconds a picture took."""
+    """Pictures with what made them."""
 
     pictures: list[Image.Image]
     shots: list[Shot]
     seconds: float
+    """A picture."""
+    withheld: int = 0
+    """By the safety checker."""
 
 
 class Engine:
@@ -80,6 +91,7 @@ class Engine:
         self.pipes: OrderedDict[tuple[str, str], Any] = OrderedDict()
         self.worn: dict[tuple[str, str], str] = {}
         """Pipeline -> hash of the adapter it carries."""
+        self.checkers: dict[Path, safety.Safety] = {}
 
     def draw(self, request: Request, on_step: Callable[[float], None]) -> Drawn:
         """
@@ -87,25 +99,50 @@ class Engine:
             UsageError, DataError: what is wrong with the request or its model.
             Cancelled: from ``on_step``.
         """
-        parts, trigger, side = self.find(request)
-        prompt = fill_subject(request.prompt, trigger)
-        shot = Shot(prompt, request.seed, request.steps, request.guidance, request.negative_prompt)
+        parts, shot, side = self.find(request)
         shots = expand(shot, request.n)
         with self.lock:
             pipe = self.dressed(parts, request.strength)
             started = time.perf_counter()
             size = 4 if (side or 512) > 128 else 16
             pictures = draw(pipe, shots, size, side, "drawing", on_step=on_step)
-            return Drawn(pictures, shots, (time.perf_counter() - started) / len(shots))
+            allowed = self.allowed(parts.root, pictures)
+            seconds = (time.perf_counter() - started) / len(shots)
+        kept = list(itertools.compress(zip(pictures, shots, strict=True), allowed))
+        return Drawn([p for p, _ in kept], [s for _, s in kept], seconds, allowed.count(False))
 
-    def find(self, request: Request) -> tuple[Parts, str | None, int | None]:
-        """Parts, what {subject} means, side in pixels."""
+    def attention(self, request: Request, on_step: Callable[[float], None]) -> Maps:
+        """As ``draw``, of one picture, with the share that each word had in each pixel."""
+        parts, shot, side = self.find(request)
+        with self.lock:
+            pipe = self.dressed(parts, request.strength)
+            maps = attention_maps(pipe, shot, side, on_step)
+            if not all(self.allowed(parts.root, [maps.picture])):
+                raise DataError("The safety checker withheld the picture.")
+        return maps
+
+    def allowed(self, root: Path, pictures: list[Image.Image]) -> list[bool]:
+        """What the pipeline's own safety checker says, where it ships one."""
+        if not safety.shipped(root):
+            return [True] * len(pictures)
+        if root not in self.checkers:
+            self.checkers = {root: safety.Safety(root, self.device)}
+        return self.checkers[root].allows(pictures)
+
+    def find(self, request: Request) -> tuple[Parts, Shot, int | None]:
+        """Parts, the first shot, side in pixels."""
         if request.backbone is not None:
-            return resolve(request.backbone), None, None
-        assert request.model is not None
-        model: Model = self.library.get(request.model)
-        side = model.manifest["config"].get("training", {}).get("resolution")
-        return resolve(str(model.folder)), model.trigger or None, side
+            parts, trigger, side = resolve(request.backbone), None, None
+        else:
+            assert request.model is not None
+            model: Model = self.library.get(request.model)
+            parts, trigger = resolve(str(model.folder)), model.trigger or None
+            side = model.manifest["config"].get("training", {}).get("resolution")
+            if request.untuned:
+                parts = tuned_from(model.folder) or parts
+        prompt = fill_subject(request.prompt, trigger)
+        settings = request.steps, request.guidance, request.negative_prompt
+        return parts, Shot(prompt, request.seed, *settings), side
 
     def dressed(self, parts: Parts, strength: float) -> Any:
         """The backbone's pipeline, with the adapter on, or with none."""

@@ -68,7 +68,7 @@ class Jobs:
     """All jobs of a library, and the thread that runs them."""
 
     def __init__(self, library: Path) -> None:
-        self.folder = library / FOLDER
+        self.folder = library.absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.RLock()
         self.stopping = threading.Event()
@@ -112,10 +112,14 @@ class Jobs:
             UsageError: the queue is full.
         """
         with self.lock:
-            if sum(other.state == QUEUED for other in self.all()) >= MOST_QUEUED:
-                raise UsageError(f"{MOST_QUEUED} jobs are waiting; try again when some are done.")
+            self.check_room()
             self._write(job)
         return job
+
+    def check_room(self) -> None:
+        """Raises UsageError: the queue is full."""
+        if sum(other.state == QUEUED for other in self.all()) >= MOST_QUEUED:
+            raise UsageError(f"{MOST_QUEUED} jobs are waiting; try again when some are done.")
 
     def end(self, name: str, state: str) -> None:
         """Pause or cancel: the run saves a checkpoint and stops; both can be resumed."""
@@ -137,13 +141,19 @@ class Jobs:
             if job.state in RESUMABLE and not alive(job):
                 self.add(replace(job, state=QUEUED, error=None, created=time.time(), pid=None))
 
-    def forget(self, name: str) -> None:
-        """Drop a job that is not running from the list; its run folder stays."""
+    def forget(self, name: str) -> bool:
+        """Drop a job from the list, if it is not running; its run folder stays."""
         with self.lock:
             job = self.get(name)
-            if not alive(job):
-                for suffix in (".json", ".log"):
-                    (self.folder / job.id).with_suffix(suffix).unlink(missing_ok=True)
+            if alive(job):
+                return False
+            for suffix in (".json", ".log"):
+                (self.folder / job.id).with_suffix(suffix).unlink(missing_ok=True)
+        return True
+
+    def place(self, job: Job) -> int:
+        """How many are running or waiting before it."""
+        return sum(o.state in (RUNNING, QUEUED) and o.created < job.created for o in self.all())
 
     def _write(self, job: Job) -> None:
         text = json.dumps(asdict(job), default=str, indent=1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import threading
 import unicodedata
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,8 @@ class Library:
     """``root`` holds a folder a model; titles are kept beside, since folders keep their names."""
 
     def __init__(self, root: Path) -> None:
-        self.root = root
+        self.root = root.absolute()
+        self.lock = threading.RLock()
         root.mkdir(parents=True, exist_ok=True)
 
     def models(self) -> list[Model]:
@@ -110,11 +112,23 @@ class Library:
 
     def rename(self, name: str, title: str) -> None:
         """Change what a model is called; its folder stays, so that nothing that uses it breaks."""
-        model = self.get(name)
-        if not title.strip() or len(title) > LONGEST:
+        self.name(self.get(name).slug, title)
+
+    def name(self, folder: str, title: str | None) -> None:
+        """Set the title of what lies in ``folder``; None takes it away.
+
+        Raises:
+            UsageError: the title is empty or too long.
+        """
+        if title is not None and (not title.strip() or len(title) > LONGEST):
             raise UsageError(f"A title has 1 to {LONGEST} characters.")
-        titles = self._titles() | {model.slug: " ".join(title.split())}
-        write_text_atomic(self.root / TITLES, json.dumps(titles, indent=1, sort_keys=True) + "\n")
+        with self.lock:
+            titles = self._titles()
+            titles.pop(folder, None)
+            if title is not None:
+                titles[folder] = " ".join(title.split())
+            text = json.dumps(titles, indent=1, sort_keys=True)
+            write_text_atomic(self.root / TITLES, text + "\n")
 
     def delete(self, name: str) -> None:
         """
@@ -127,6 +141,14 @@ class Library:
             shutil.rmtree(gone, ignore_errors=True)
             model.folder.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
+        self.name(model.slug, None)
+
+    def sweep(self, run: Path, photos: Path) -> None:
+        """Remove what a training left that never finished."""
+        if run.parent == self.root and not (run / MANIFEST).is_file():
+            shutil.rmtree(run, ignore_errors=True)
+            shutil.rmtree(photos, ignore_errors=True)
+            self.name(run.name, None)
 
     def _titles(self) -> dict[str, str]:
         try:

@@ -8,9 +8,9 @@ from bksdm_tune.dreambooth.config import Config
 
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune dreambooth")
+    from bksdm_tune.device import best_device
     from bksdm_tune.dreambooth import job as jobs
     from bksdm_tune.dreambooth import train
-    from bksdm_tune.pipeline import best_device
 
     job = jobs.prepare(config, best_device())
     print(jobs.describe(job), flush=True)

@@ -12,7 +12,7 @@ from bksdm_tune.artifacts import content_key
 from bksdm_tune.doctor import try_xformers
 from bksdm_tune.dreambooth.config import Config, Output
 from bksdm_tune.dreambooth.photos import photo_folder
-from bksdm_tune.dreambooth.recipes import filled, recipe_name
+from bksdm_tune.dreambooth.recipes import default_backbone, filled, recipe_name
 from bksdm_tune.errors import UsageError
 from bksdm_tune.optim import check_training
 from bksdm_tune.pipeline_folder import check_resolution, native_resolution
@@ -62,10 +62,6 @@ class Job:
     @property
     def method(self) -> str:
         return "lora" if self.config.model.lora else "full"
-
-
-def default_backbone(device: str) -> str:
-    return "pocket-base" if device == "cpu" else "bk-base"
 
 
 def prepare(config: Config, device: str) -> Job:

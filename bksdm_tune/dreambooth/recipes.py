@@ -42,6 +42,10 @@ COLUMNS = ("bksdm", "full-size", "miniature")
 MINIATURE_PIXELS = 128
 
 
+def default_backbone(device: str) -> str:
+    return "pocket-base" if device == "cpu" else "bk-base"
+
+
 def recipe_name(asked: str, resolution: int) -> str:
     """``resolution``: the backbone's own, in pixels."""
     if asked == "bksdm":

@@ -43,10 +43,10 @@ def default_out(config: Config) -> Path:
 
 
 def run(config: Config, out: Path) -> dict[str, Any]:
+    from bksdm_tune.device import best_device
     from bksdm_tune.evaluate.protocols import load_judges
     from bksdm_tune.evaluate.score import score
     from bksdm_tune.evaluate.score_model import score_model, subject_of
-    from bksdm_tune.pipeline import best_device
 
     device = best_device()
     if config.manifest is not None:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from tyro.conf import Positional
 
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.resolve import tuned_from
+
+if TYPE_CHECKING:
+    from bksdm_tune.files.export import Source
 
 
 @dataclass(frozen=True)
@@ -37,18 +40,31 @@ class Config:
         check_range("--rank", self.rank, 1)
 
 
-def main(argv: list[str]) -> int:
-    config = parse(Config, argv, "bksdm-tune export")
-    from bksdm_tune.files.coreml_format import summary
-    from bksdm_tune.files.export import Source, energy, export
+def source_of(
+    model: str,
+    dtype: str = "fp16",
+    rank: int = 16,
+    backbone: str | None = None,
+    base: str | None = None,
+) -> Source:
+    """What a run folder, adapter file or backbone is exported from."""
+    from bksdm_tune.files.export import Source
     from bksdm_tune.generate import Config as Drawing
     from bksdm_tune.generate import find_model
 
-    model = find_model(Drawing(config.model, "", backbone=config.backbone, base=config.base))
-    before = replace(model.parts, adapter=None)
-    if model.parts.adapter is None:
-        before = tuned_from(Path(config.model)) or before
-    source = Source(model.parts, before, model.trigger, config.dtype, config.rank)
+    found = find_model(Drawing(model, "", backbone=backbone, base=base))
+    before = replace(found.parts, adapter=None)
+    if found.parts.adapter is None:
+        before = tuned_from(Path(model)) or before
+    return Source(found.parts, before, found.trigger, dtype, rank)
+
+
+def main(argv: list[str]) -> int:
+    config = parse(Config, argv, "bksdm-tune export")
+    from bksdm_tune.files.coreml_format import summary
+    from bksdm_tune.files.export import energy, export
+
+    source = source_of(config.model, config.dtype, config.rank, config.backbone, config.base)
     found = export(source, config.format, config.out)
     print(f"Wrote {config.out}. Read back and asked the same, the largest difference is:")
     for name, value in found.items():

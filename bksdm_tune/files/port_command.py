@@ -99,9 +99,9 @@ def mend(
     if words is None:
         raise UsageError('--heal needs to know what the adapter means: --subject "sks dog".')
     from bksdm_tune.artifacts import locked, sha256_file
+    from bksdm_tune.device import best_device
     from bksdm_tune.files.heal import Healing, heal
     from bksdm_tune.lora.fit import registered
-    from bksdm_tune.pipeline import best_device
     from bksdm_tune.resolve import resolve
     from bksdm_tune.runs import occupy
 

@@ -76,9 +76,9 @@ def note(cell: Cell, out: Path) -> None:
 
 
 def job_of(config: Config, out: Path, cell: Cell) -> Any:
+    from bksdm_tune.device import best_device
     from bksdm_tune.dreambooth import config as dreambooth
     from bksdm_tune.dreambooth.job import prepare
-    from bksdm_tune.pipeline import best_device
 
     return prepare(
         dreambooth.Config(
@@ -110,11 +110,11 @@ def train(config: Config, out: Path, task: Task) -> None:
 
 def finish(config: Config, out: Path, cell: Cell, judges: list[Any]) -> None:
     """Draw, score, and write the cell's result.  ``judges``: loaded once a task."""
+    from bksdm_tune.device import best_device
     from bksdm_tune.evaluate.drawing import SPEED
     from bksdm_tune.evaluate.protocols import load_judges
     from bksdm_tune.evaluate.score_config import Config as Score
     from bksdm_tune.evaluate.score_model import score_model
-    from bksdm_tune.pipeline import best_device
 
     device = best_device()
     if not judges:
