@@ -120,7 +120,7 @@ def test_names_become_slugs(name: str, expected: str) -> None:
     assert slug(name) == expected
 
 
-@pytest.mark.parametrize("name", ["", "..", "///", "日本", "\0"])
+@pytest.mark.parametrize("name", ["", "..", "///", "\0"])
 def test_names_of_which_nothing_is_left(name: str) -> None:
     with pytest.raises(UsageError, match="a letter or a digit"):
         slug(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -12,7 +13,7 @@ from bksdm_tune.adapters import Provenance
 from bksdm_tune.app.library import Model, slug
 from bksdm_tune.artifacts import atomic_folder, sha256_file, write_manifest
 from bksdm_tune.backbones import get_backbone
-from bksdm_tune.errors import UsageError
+from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.files.export import DTYPES, FORMATS, export
 from bksdm_tune.files.export_command import source_of
 from bksdm_tune.files.write import write_adapter
@@ -76,7 +77,10 @@ def import_adapter(path: Path, folder: Path, backbone: str, trigger: str) -> Non
         raise UsageError(f"Trigger words have at most {LONGEST_TRIGGER} characters.")
     parts = resolve(get_backbone(backbone).name)
     config = unet_config(parts)
-    whole = fit.check(path, config)
+    try:
+        whole = fit.check(path, config)
+    except DataError as error:  # the person knows the file by its name alone
+        raise DataError(str(error).replace(f"{path.parent}{os.sep}", "")) from None
     shape = architecture.describe(config)
     fingerprint = architecture.fingerprint(config)
     with atomic_folder(folder) as scratch:

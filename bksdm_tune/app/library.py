@@ -30,6 +30,8 @@ def slug(name: str) -> str:
     """
     plain = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode().lower()
     found = re.sub(r"[^a-z0-9]+", "-", plain).strip("-")[:LONGEST].strip("-")
+    if not found and any(character.isalnum() for character in name):
+        return "model"  # of a script without Latin letters; the title keeps it
     if not found:
         raise UsageError("A name needs a letter or a digit.")
     return found
