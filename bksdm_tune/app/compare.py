@@ -50,12 +50,12 @@ def build(studio: Studio, backbone: str) -> list[Any]:
         with gr.Column(scale=7, min_width=320):
             gallery = gr.Gallery(
                 label="Same prompt, same noise", columns=3, format="png", elem_id="contest",
-                interactive=False, height="auto",
+                interactive=False, height=430,
             )  # fmt: skip
             said = gr.Markdown(elem_id="compare-said")
             maps = gr.Gallery(
                 label="Attention, word by word", columns=6, format="png", elem_id="maps",
-                interactive=False, height="auto",
+                interactive=False, height=300,
             )  # fmt: skip
     ticket = gr.State("")
 

@@ -44,7 +44,7 @@ def build(studio: Studio) -> list[Any]:
         with gr.Column(scale=6, min_width=320):
             gallery = gr.Gallery(
                 label="Pictures; each PNG carries its settings", columns=2, format="png",
-                elem_id="gallery", interactive=False, height="auto",
+                elem_id="gallery", interactive=False, height=660,
             )  # fmt: skip
             said = gr.Markdown(elem_id="drawn")
             scenes = gr.Dataset(

@@ -68,17 +68,17 @@ def build(studio: Studio, backbone: str) -> None:
             which = gr.Dropdown([], label="Training", elem_id="job", interactive=True)
             status = gr.HTML(elem_id="status")
             with gr.Row():
-                pause = gr.Button("Pause", elem_id="pause", size="sm")
-                cancel = gr.Button("Cancel", elem_id="cancel", size="sm")
-                resume = gr.Button("Resume", elem_id="resume", size="sm")
-                forget = gr.Button("Remove", elem_id="forget", size="sm")
+                pause = gr.Button("Pause", min_width=60, elem_id="pause", size="sm")
+                cancel = gr.Button("Cancel", min_width=60, elem_id="cancel", size="sm")
+                resume = gr.Button("Resume", min_width=60, elem_id="resume", size="sm")
+                forget = gr.Button("Remove", min_width=60, elem_id="forget", size="sm")
             plot = gr.LinePlot(
                 pd.DataFrame({"step": [], "loss": []}), x="step", y="loss", height=200,
                 label="Loss, averaged over 1/40 of the run", elem_id="loss",
             )  # fmt: skip
             samples = gr.Gallery(
                 label="Previews: same prompts and noise, before and on the way", columns=4,
-                height="auto", elem_id="samples", interactive=False,
+                height=520, elem_id="samples", interactive=False,
             )  # fmt: skip
     form = [title, noun, choice, method, *extra]
     seen = gr.State(())

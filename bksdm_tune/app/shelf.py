@@ -86,7 +86,7 @@ def build(studio: Studio, backbone: str) -> list[Any]:
         return gr.update(choices=models(studio), value=slug), table_of(studio)
 
     def scored(name: str | None) -> tuple[str, str]:
-        return f"```\n{studio.score(name or '')}\n```", table_of(studio)
+        return studio.score(name or "").replace("\n|", "\n\n|", 1), table_of(studio)
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     model.change(told(lambda name: shown(studio, name)), model, [sheet, card], **quiet)
