@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from bksdm_tune.artifacts import MANIFEST, read_manifest
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
-from bksdm_tune.resolve import ADAPTER, Parts, resolve
+from bksdm_tune.resolve import ADAPTER, PEFT_CONFIG, PEFT_FILE, Parts, resolve
 
 SUBJECT = "{subject}"
 
@@ -22,7 +22,8 @@ class Config:
     """Draw pictures with a run, a backbone or an adapter file."""
 
     model: Positional[str]
-    """Run folder, adapter file (.safetensors), registry name, diffusers folder or Hub id."""
+    """Run folder, adapter file (.safetensors), PEFT folder, registry name, diffusers folder or Hub
+    id."""
     prompt: str
     """What to draw; {subject} stands for what the run learned."""
     n: int = 1
@@ -69,6 +70,8 @@ def find_model(config: Config) -> Model:
         DataError: the model lacks something.
     """
     path = Path(config.model)
+    if (path / PEFT_CONFIG).is_file():
+        path /= PEFT_FILE
     if path.suffix == ".safetensors" and path.is_file():
         return _adapter_file(path, config)
     if config.backbone is not None:

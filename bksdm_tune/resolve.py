@@ -27,6 +27,7 @@ from bksdm_tune.errors import DataError, UsageError
 
 INDEX = "model_index.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA_RUN = "dreambooth-lora"
 REQUIRED_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
 PICKLES = (".bin", ".ckpt", ".pt", ".pth")

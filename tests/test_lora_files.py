@@ -284,6 +284,52 @@ def test_foreign_files_on_another_architecture_are_refused(
     fit.check(path, fit.config_of(made_for))
 
 
+def test_what_a_partial_file_says_of_itself_decides(tmp_path: Path) -> None:
+    """Some layers that SD and bk-base both have: for SD, as the file says, and not for bk-base."""
+    whole = make("bk-base", ("attn1.to_q",), text=False)
+    some = Adapter(dict(list(whole.updates.items())[:3]), "kohya")
+    told = {"ss_base_model_version": "sd_v1"}
+    save_file(layouts.kohya_tensors(some.updates.items()), tmp_path / "a.safetensors", told)
+    fit.check(tmp_path / "a.safetensors", fit.config_of("sd-v1"))
+    with pytest.raises(DataError, match="made for sd-v1;"):
+        fit.check(tmp_path / "a.safetensors", fit.config_of("bk-base"))
+
+
+def test_lycoris_on_three_by_three_convolutions(tmp_path: Path) -> None:
+    """LoHa and LoKr keep them flat; folded in, each kernel has its own numbers."""
+    from bksdm_tune.lora.fold import fold
+    from tiny import make_unet
+
+    unet = make_unet(size="tiny")
+    weights = {
+        name: getattr(unet.down_blocks[0].resnets[0], name).weight for name in ("conv1", "conv2")
+    }
+    before = {name: weight.detach().clone() for name, weight in weights.items()}
+    out, inner = before["conv1"].shape[:2]
+    r = torch.randn
+    stem = "lora_unet_down_blocks_0_resnets_0_"
+    tensors = {
+        f"{stem}conv1.hada_w1_a": r(out, 2), f"{stem}conv1.hada_w1_b": r(2, inner * 9),
+        f"{stem}conv1.hada_w2_a": r(out, 2), f"{stem}conv1.hada_w2_b": r(2, inner * 9),
+        f"{stem}conv2.lokr_w1": r(2, 2), f"{stem}conv2.lokr_w2_a": r(out // 2, 2),
+        f"{stem}conv2.lokr_w2_b": r(2, before["conv2"].shape[1] // 2 * 9),
+    }  # fmt: skip
+    path = tmp_path / "lycoris.safetensors"
+    save_file(tensors, path)
+    adapter = fit.check(path, unet.config)
+    fold({"unet": unet}, adapter, path)
+    t = {key.removeprefix(stem): value for key, value in tensors.items()}
+    loha = (t["conv1.hada_w1_a"] @ t["conv1.hada_w1_b"]) * (
+        t["conv1.hada_w2_a"] @ t["conv1.hada_w2_b"]
+    )
+    change = weights["conv1"] - before["conv1"]
+    torch.testing.assert_close(change, loha.reshape(change.shape), rtol=1e-4, atol=1e-4)
+    second = (t["conv2.lokr_w2_a"] @ t["conv2.lokr_w2_b"]).reshape(out // 2, -1, 3, 3)
+    block = (weights["conv2"] - before["conv2"])[out // 2 :, : second.shape[1]]
+    wanted = t["conv2.lokr_w1"][1, 0] * second
+    torch.testing.assert_close(block, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_command_that_is_named_works(tmp_path: Path, capsys: Any) -> None:
     path = files(tmp_path, "sd-v1")["sd-v1"]
     with pytest.raises(DataError) as refused:
@@ -295,6 +341,37 @@ def test_the_command_that_is_named_works(tmp_path: Path, capsys: Any) -> None:
     assert main(["adapter", "info", words[-1], "--json"]) == 0
     (facts,) = json.loads(capsys.readouterr().out)
     assert facts["made_for"] == ["bk-small"] and facts["alphas"] == [3.0]
+
+
+def test_a_peft_folder_draws_and_is_checked(tmp_path: Path, capsys: Any) -> None:
+    """As a folder and as the file in it, alpha from the config beside it."""
+    adapter = make("pocket-tiny", text=False)
+    folder = tmp_path / "peft"
+    folder.mkdir()
+    tensors = {
+        f"base_model.model.{path}.{side}.weight": u.factors[factor]
+        for path, u in adapter.of("unet").items()
+        for factor, side in (("down", "lora_A"), ("up", "lora_B"))
+    }
+    save_file(tensors, folder / "adapter_model.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"lora_alpha": 3, "r": 2}))
+    same(adapter, layouts.read(folder / "adapter_model.safetensors"))
+    assert main(["adapter", "check", str(folder), "--backbone", "pocket-tiny"]) == 0
+    words = ["--backbone", "pocket-tiny", "--prompt", "a dog", "--steps", "2"]
+    assert main(["generate", str(folder), *words, "--out", str(tmp_path / "drawn")]) == 0
+    out = tmp_path / "merged"
+    more = ["--backbone", "pocket-tiny", "--format", "merged", "--dtype", "fp32", "--out", str(out)]
+    assert main(["export", str(folder), *more]) == 0
+
+
+def test_a_text_encoder_alone_can_be_resized(tmp_path: Path, capsys: Any) -> None:
+    whole = make("bk-tiny", rank=4)
+    text = Adapter({k: u for k, u in whole.updates.items() if k.startswith("text")}, "diffusers")
+    write_adapter(tmp_path / "text.safetensors", text, "diffusers", None)
+    out = tmp_path / "small.safetensors"
+    words = ["--rank", "2", "--out", str(out)]
+    assert main(["adapter", "resize", str(tmp_path / "text.safetensors"), *words]) == 0
+    assert {u.rank for u in layouts.read(out).updates.values()} == {2}
 
 
 def test_merged_is_the_weighted_sum() -> None:

@@ -191,12 +191,10 @@ def resize(config: Resize) -> None:
     from bksdm_tune.lora import layouts
 
     given = layouts.read(config.file)
-    name = architecture_of(config.file, given)
+    made_from = None
+    if given.of("unet"):  # nothing else says which U-Net it is for
+        name = architecture_of(config.file, given)
+        made_from = provenance_of(name, trigger(given.metadata), f"rank {config.rank}")
     smaller, energy = adapters.resize(given, config.rank)
-    write_adapter(
-        config.out,
-        smaller,
-        "diffusers",
-        provenance_of(name, trigger(given.metadata), f"rank {config.rank}"),
-    )
+    write_adapter(config.out, smaller, "diffusers", made_from)
     print(f"Wrote {config.out}: rank {config.rank} keeps {100 * energy:.2f} % of the change.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -69,7 +70,8 @@ def misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
             wrong.append(f"{path}: there is no such layer")
             continue
         wanted, found = shapes[path], update.shape
-        if _numbers(wanted) != _numbers(found):
+        flat = (wanted[0], math.prod(wanted[1:]))  # LyCORIS has 3 x 3 convolutions so
+        if _numbers(wanted) != _numbers(found) and flat != found:
             wrong.append(f"{path}: {found}, the layer has {wanted}")
     return wrong
 
@@ -100,7 +102,8 @@ def check(path: Path, config: Mapping[str, Any]) -> Adapter:
     wrong = misfits(adapter, shapes)
     if not wrong and _all_layers(adapter, shapes):
         return adapter
-    others = inferred(adapter)
+    stated = said(adapter)
+    others = [stated] if stated else inferred(adapter)
     if wrong or (own is not None and own not in others):
         made_for = " or ".join(others) or "no U-Net that this program knows"
         raise DataError(_refusal(path, made_for, others[0] if len(others) == 1 else None, config))

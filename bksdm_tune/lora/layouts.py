@@ -22,11 +22,10 @@ from torch import Tensor
 
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
-from bksdm_tune.resolve import read_json
+from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BYTES = 4 * 2**30
-PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KOHYA = {"lora_unet_": UNET, "lora_te_": TEXT, "lora_te1_": TEXT}
 # What stands after a layer's name -> kind and factor.
 ENDINGS: dict[str, tuple[str, str]] = {
@@ -56,6 +55,8 @@ def read(path: Path) -> Adapter:
     Raises:
         DataError: it is missing, damaged, no safetensors, or no adapter of a Stable Diffusion.
     """
+    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+        path = path.parent
     if path.is_dir():
         return _peft_folder(path)
     tensors, metadata = _tensors(path)
