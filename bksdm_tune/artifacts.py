@@ -91,6 +91,16 @@ def free_disk(folder: Path) -> int:
     return shutil.disk_usage(folder).free if folder.exists() else free_disk(folder.parent)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the files under ``folder``; links are not followed, so a blob counts once."""
+    total = 0
+    for root, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.lstat(os.path.join(root, name)).st_size
+    return total
+
+
 def describe_files(folder: Path) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 of every file under ``folder`` that makes the artifact: not the manifest,
     not hidden files, not checkpoints (whoever has the result may delete those)."""

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import platform
 import shutil
 import sys
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from bksdm_tune import __version__
-from bksdm_tune.artifacts import cache_root, versions
+from bksdm_tune.artifacts import cache_root, folder_bytes, versions
 
 OPTIONAL_PACKAGES = ("bitsandbytes", "xformers", "prodigyopt")
 OPTIMISER_LIBRARIES = {"AdamW8bit": "bitsandbytes", "Prodigy": "prodigyopt"}
@@ -132,16 +131,6 @@ def optimisers() -> list[dict[str, Any]]:
         probe(f"{name} ({library})", partial(importlib.import_module, library))
         for name, library in OPTIMISER_LIBRARIES.items()
     ]
-
-
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the files under ``folder``; links are not followed, so a blob counts once."""
-    total = 0
-    for root, _, names in os.walk(folder):
-        for name in names:
-            with contextlib.suppress(FileNotFoundError):
-                total += os.lstat(os.path.join(root, name)).st_size
-    return total
 
 
 def caches() -> list[dict[str, Any]]:

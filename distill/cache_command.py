@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     free = free_disk(config.out)
     cost = disk_cost(source.size, parts, resolution, config.embeds)
     print(f"{cost} {free / 1e9:.0f} GB are free.", flush=True)
-    encoders = load_encoders(parts, best_device(), "auto", config.embeds)
+    encoders = load_encoders(parts, best_device(), config.embeds)
     facts = cache_facts(parts, resolution, config.embeds, source.facts)
     writer = Writer(
         config.out, source, encoders, resolution, config.batch_size, data.workers, data.max_broken

@@ -43,7 +43,8 @@ Personalise it: `bksdm-tune dreambooth --backbone THIS-FOLDER --subject dog --lo
 | seconds, processes, peak memory | {seconds:.0f} s, {processes}, {memory:.2f} GB |
 
 `config.toml` reproduces it: `bksdm-tune distill --config config.toml --out NEW-FOLDER`.
-Scores of its pictures: `bksdm-tune evaluate THIS-FOLDER` measures them.
+Its pictures are scored (FID, IS, KID, CMMD, CLIP score) by
+`bksdm-tune evaluate THIS-FOLDER --captions metadata.csv --real REAL --out SCORES`.
 
 ## Licence
 

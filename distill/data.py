@@ -93,7 +93,8 @@ class Stream:
     size: int | None = None
 
     def __init__(self, dataset: Any, facts: dict[str, Any], columns: tuple[str, str]) -> None:
-        self.dataset, self.facts, (self.image, self.caption) = dataset, facts, columns
+        self.dataset, (self.image, self.caption) = dataset, columns
+        self.facts = facts | {"columns": columns}
         self.empty: list[str] = []
 
     def once(self, start: int = 0) -> Iterator[Row]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,11 +12,12 @@ import psutil
 import torch
 
 from bksdm_tune import processes
-from bksdm_tune.artifacts import free_disk
+from bksdm_tune.artifacts import folder_bytes, free_disk
 from bksdm_tune.errors import DataError
 from bksdm_tune.memory import forget_peak, peak_memory_gb
 from bksdm_tune.optim import make_all
 from bksdm_tune.precision import choose
+from bksdm_tune.runs import look
 from bksdm_tune.trial import step_seconds
 from distill.job import Job
 from distill.learner import Learner, build
@@ -30,10 +32,17 @@ def measure(job: Job) -> str:
     Raises:
         DataError: not even a batch of 1 fits, or the loss of a first step is not finite.
     """
+    look(job.folder, job.facts, "run", "another run")
     with tempfile.TemporaryDirectory() as scratch:
         elsewhere = replace(job.config.output, out=Path(scratch))  # for what reading data lists
         learner = build(replace(job, config=replace(job.config, output=elsewhere)))
-        latents, embeds = next(learner.batches(0))
+        batches = learner.batches(0)
+        latents, embeds = next(batches)  # workers start, models warm up
+        started = time.perf_counter()
+        for _ in range(2):
+            latents, embeds = next(batches)
+        reading = (time.perf_counter() - started) / (2 * len(latents))
+    del batches
     training = job.config.training
     optimiser, _, ema = make_all(training, learner.trainable.parameter_groups())
 
@@ -52,7 +61,8 @@ def measure(job: Job) -> str:
             "--mixed-precision bf16, a smaller --resolution or --optimiser adafactor."
         )
     used = min(batch, training.batch_size)
-    return report(job, learner, batch, peaks[batch], used, step(used))
+    seconds = step(used) + reading * used
+    return report(job, learner, batch, peaks[batch], used, seconds, reading)
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
@@ -87,18 +97,24 @@ def fits(device: str, size: int, step: Callable[[int], float], peaks: dict[int, 
     return True
 
 
-def report(job: Job, learner: Learner, batch: int, peak: float, used: int, seconds: float) -> str:
+def report(
+    job: Job, learner: Learner, batch: int, peak: float, used: int, seconds: float, reading: float
+) -> str:
+    """``seconds``: a micro-batch of ``used`` pictures; ``reading``: a picture's share before the
+    U-Nets."""
     training, together = job.config.training, processes.count()
     rate = used * together / seconds
     pictures = job.facts["pictures a step"] * training.steps
     weights = sum(p.numel() for p in learner.student.parameters())
     copies = 3 + bool(training.ema)  # weights, two moments, average
-    disk = 4 * weights * copies * job.config.output.keep
+    kept = job.config.output.keep + 1  # one more while they rotate
+    disk = 4 * weights * copies * kept + 6 * weights + folder_bytes(job.parts.root)
     free = free_disk(job.folder)
     return (
         f"Dry run: the largest batch tried that fits is {batch} (peak memory {peak:.2f} GB). "
-        f"At {used}, {seconds:.3f} s, {rate:.1f} pictures/s in {together} process(es): "
+        f"At {used}, {seconds:.3f} s, of which {reading * used:.3f} s decoding and encoding, "
+        f"{rate:.1f} pictures/s in {together} process(es), averaging gradients not counted: "
         f"{training.steps:,} steps of {job.facts['pictures a step']} pictures would take "
-        f"{pictures / rate / 3600:.2f} h here; checkpoints need about {disk / 1e9:.2f} GB "
+        f"{pictures / rate / 3600:.2f} h here; the run folder needs about {disk / 1e9:.2f} GB "
         f"({free / 1e9:.0f} GB are free). Nothing was trained."
     )

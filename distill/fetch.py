@@ -13,6 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
+from zipfile import BadZipFile
 
 import tyro
 
@@ -155,6 +156,9 @@ def check(folder: Path, row: DataSet) -> None:
         names = [line.get("file_name") for line in csv.DictReader(file)]
     if len(names) != row.rows:
         raise DataError(f"{row.name} has {row.rows:,} rows; this one has {len(names):,}.")
+    for name in row.files:
+        if name.endswith(".npz"):
+            check_statistics(folder / name.rpartition("/")[2])
     missing = [name for name in names if row.archive and not (folder / str(name)).is_file()]
     if missing:
         raise DataError(f"{len(missing)} pictures of {row.name} are missing, such as {missing[0]}.")
@@ -178,3 +182,16 @@ def main(argv: list[str]) -> int:
     use = f"--data {folder}" if row.archive else f"--captions {folder / METADATA}"
     print(f"Wrote {folder}. Use it with {use}")
     return 0
+
+
+def check_statistics(path: Path) -> None:
+    """Raise DataError unless it holds a mean and a covariance, as pytorch-fid's files do."""
+    import numpy as np
+
+    try:
+        with np.load(path) as file:
+            shapes = file["mu"].shape, file["sigma"].shape
+    except (OSError, ValueError, KeyError, BadZipFile) as error:
+        raise DataError(f"{path.name} is no .npz with mu and sigma: {error}") from None
+    if len(shapes[0]) != 1 or shapes[1] != shapes[0] * 2:
+        raise DataError(f"{path.name}: mu and sigma have the shapes {shapes}, not (d,), (d, d).")

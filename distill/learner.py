@@ -62,7 +62,7 @@ def build(job: Job) -> Learner:
         loss.lambda_feat,
         loss.min_snr_gamma,
     )
-    encoders = load_encoders(job.parts, job.device, training.precision, text=True)
+    encoders = load_encoders(job.parts, job.device, text=True)
     trainable = FullWeights(student, None, (training.learning_rate, training.learning_rate))
     return Learner(teacher, student, objective, make_batches(job, encoders), trainable, encoders)
 
@@ -74,12 +74,13 @@ def make_student(job: Job, teacher: UNet2DConditionModel) -> UNet2DConditionMode
     return UNet2DConditionModel.from_config(student_config(teacher.config, plan))
 
 
-def load_encoders(parts: Parts, device: str, precision: str, text: bool) -> Encoders:
-    """VAE and, if wanted, text encoder, frozen.  SD's VAE overflows in float16, so it keeps 32."""
+def load_encoders(parts: Parts, device: str, text: bool) -> Encoders:
+    """VAE and, if wanted, text encoder, frozen, in float32: SD's VAE overflows in float16, and what
+    a cache holds must not depend on a run's precision."""
     vae = load_part(parts, "vae").to(device).requires_grad_(False)
     encoder = None
     if text:
-        encoder = load_part(parts, "text_encoder", frozen_dtype(precision, device)).to(device)
+        encoder = load_part(parts, "text_encoder").to(device)
         encoder.requires_grad_(False)
     tokenizer = load_part(parts, "tokenizer") if text else None
     return Encoders(vae, scaling_factor(parts.root / "vae"), tokenizer, encoder)

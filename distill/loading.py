@@ -25,6 +25,7 @@ from distill.data import Row, Source, coin
 from subjects.photos import decode_photo
 
 T = TypeVar("T")
+FEWEST = 1_000  # rows of a stream of which a share is taken
 FLIP = 1  # names the coin, see distill.data.coin
 
 
@@ -148,22 +149,29 @@ class Skipped:
     limit: float
     source: Source
     seen: int = 0
+    found: int = 0
+    """Of the bad ones, by this call."""
     names: set[str] = field(default_factory=set)
+    """Of all bad ones."""
 
     def __post_init__(self) -> None:
         """A resumed run knows what it listed before."""
-        self.total = None if self.source.size is None else self.source.size + len(self.source.empty)
+        size = self.source.size
+        whole = None if size is None else size + len(self.source.empty)
+        self.total = None if whole is None else -(-whole // processes.count())
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines()
             self.names = {json.loads(line)["name"] for line in lines}
 
     def note(self, rows: int, bad: list[tuple[str, str]]) -> None:
-        """``rows`` were read, ``bad`` of them are broken; empty captions the source tells itself.
+        """``rows`` were read, ``bad`` of them are broken; empty captions the source tells itself,
+        all of them to every process.
 
         Raises:
-            DataError: more than ``limit`` of all rows (of a stream: of those seen) are bad.
+            DataError: more than ``limit`` of this process's rows (of a stream: of those that this
+                call saw, or of FEWEST) are bad.
         """
-        empty, self.source.empty = self.source.empty, []
+        empty, self.source.empty = self.source.empty[processes.rank() :: processes.count()], []
         self.seen += rows + len(empty)
         bad = bad + [(name, "the caption is empty") for name in empty]
         new = {name: reason for name, reason in bad if name not in self.names}
@@ -174,9 +182,12 @@ class Skipped:
             for name, reason in new.items():
                 file.write(json.dumps({"name": name, "reason": reason}) + "\n")
         self.names |= new.keys()
-        rows = self.total or max(self.seen, 100)
-        if len(self.names) > self.limit * rows:
+        self.found += len(new)
+        of, wrong = max(self.seen, FEWEST), self.found
+        if self.total is not None:
+            of, wrong = self.total, len(self.names)
+        if wrong > self.limit * of:
             raise DataError(
-                f"{len(self.names)} of {rows} rows are broken or without a caption, more than the "
+                f"{wrong} of {of} rows are broken or without a caption, more than the "
                 f"share {self.limit:g} that --max-broken allows; {self.path} lists them."
             )

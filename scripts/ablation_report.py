@@ -22,6 +22,7 @@ from bksdm_tune.evaluate.statistics import bootstrap_crossed
 from scripts.ablation import CAPTIONS, DOCS, PICTURES, STEPS, cells
 
 PAGE, PLOT = DOCS.parent / "ablation.md", DOCS.parent / "images/ablation.png"
+VOLUME = PLOT.with_name("ablation-data.png")
 COLUMNS = ("attributes", "paired_distance", "frechet", "clip_score")
 Key = tuple[str, str, str, int]  # group, size, arm, pictures
 
@@ -70,6 +71,13 @@ def difference(a: list[dict[str, Any]], b: list[dict[str, Any]], column: str) ->
     return f"{gaps.mean():+.3f} ({low:+.3f} to {high:+.3f})"
 
 
+def shift(a: list[dict[str, Any]], b: list[dict[str, Any]], column: str) -> str:
+    """a minus b of a figure known for all captions together: mean, and the range over seeds."""
+    theirs = {result["seed"]: value(result, column) for result in b}
+    gaps = [value(r, column) - theirs[r["seed"]] for r in a if r["seed"] in theirs]
+    return f"{np.mean(gaps):+.3f} ({min(gaps):+.3f} to {max(gaps):+.3f})"
+
+
 def differences(found: dict[Key, list[dict[str, Any]]]) -> list[str]:
     full = ("start", "small", "inherit+KD", PICTURES)
     wanted = [
@@ -81,13 +89,14 @@ def differences(found: dict[Key, list[dict[str, Any]]]) -> list[str]:
     )
     wanted += [(full, key) for key in found if key[0] in ("data", "terms")]
     lines = [
-        "| first minus second | attributes right | paired distance |",
-        "|---" * 3 + "|",
+        "| first minus second | attributes right | paired distance | Frechet (range over seeds) |",
+        "|---" * 4 + "|",
     ]
     for a, b in wanted:
         if a in found and b in found:
             columns = ("attributes_by_caption", "paired_by_caption")
             cells_ = [difference(found[a], found[b], column) for column in columns]
+            cells_.append(shift(found[a], found[b], "frechet"))
             lines.append(f"| {a[1]} {a[2]} over {b[2]}, {b[3]:,} pictures | {' | '.join(cells_)} |")
     return lines
 
@@ -115,6 +124,28 @@ def plot(found: dict[Key, list[dict[str, Any]]]) -> None:
     figure.savefig(PLOT, dpi=110)
 
 
+def plot_volume(found: dict[Key, list[dict[str, Any]]]) -> None:
+    """The student of all three data sizes, as the reference's data-volume figure."""
+    from matplotlib import pyplot
+
+    sizes = {
+        key[3]: results for key, results in found.items() if key[1:3] == ("small", "inherit+KD")
+    }
+    figure, panels = pyplot.subplots(1, 3, figsize=(10, 3))
+    for axes, column in zip(panels, ("attributes", "paired_distance", "frechet"), strict=True):
+        counts = sorted(sizes)
+        values = [[value(result, column) for result in sizes[count]] for count in counts]
+        for count, seeds in zip(counts, values, strict=True):
+            axes.plot([count] * len(seeds), seeds, "o", color="C0", alpha=0.7)
+        axes.plot(counts, [np.mean(seeds) for seeds in values], color="C0")
+        axes.set_xscale("log")
+        axes.set_xlabel("pictures")
+        axes.set_title(column.replace("_", " "))
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(VOLUME, dpi=110)
+
+
 PAGE_TEXT = """\
 # What distillation is worth, on pocket
 
@@ -131,10 +162,17 @@ as the Frechet distance to 2,000 held-out renders is; brackets are the range ove
 
 {table}
 
+The small student by the number of pictures it saw (a dot is a seed):
+
+![By number of pictures](images/ablation-data.png)
+
 ## Differences
 
 {differences}
+
+{findings}
 """
+FINDINGS = DOCS / "findings.md"
 
 
 def main() -> None:
@@ -142,6 +180,7 @@ def main() -> None:
     if not found:
         raise SystemExit(f"There are no cells in {DOCS}; run scripts/ablation.py first.")
     plot(found)
+    plot_volume(found)
     text = PAGE_TEXT.format(
         count=sum(map(len, found.values())),
         planned=len(cells()),
@@ -149,6 +188,7 @@ def main() -> None:
         captions=CAPTIONS,
         table="\n".join(rows(found)),
         differences="\n".join(differences(found)),
+        findings=FINDINGS.read_text("utf-8").strip(),
     )
     PAGE.write_text(text)
     print(text)

@@ -33,8 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from bksdm_tune.artifacts import versions
+from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.pipeline import load_part
-from bksdm_tune.precision import autocast
+from bksdm_tune.precision import autocast, choose, frozen_dtype
 from bksdm_tune.resolve import resolve, unet_config
 from bksdm_tune.unet_configs import PLANS, student_config
 from distill.surgery import inherit
@@ -118,6 +119,7 @@ class Unets:
     def __init__(self, options: Any, teacher: Path) -> None:
         self.teacher = load_part(resolve(str(teacher)), "unet").to(device()).requires_grad_(False)
         self.student = inherit(self.teacher, PLANS[options.size]).to(device()).train()
+        self.teacher.to(frozen_dtype("auto", device()))
         for unet in (self.teacher, self.student):
             unet.to(memory_format=torch.channels_last)
         size, config = options.batch_size, self.teacher.config
@@ -152,11 +154,12 @@ def median_seconds(work: Callable[[], Any], rounds: int = 8) -> float:
     return statistics.median(seconds[2:])
 
 
-def matrix_rate(side: int = 2048) -> float:
+def matrix_rate() -> float:
     """FLOP/s of a square matrix product in the precision that training computes in."""
-    left, right = torch.randn(2, side, side, device=device())
-    with autocast("auto", device()):
-        return 2 * side**3 / median_seconds(lambda: left @ right)
+    side, precision = (2048, "no") if device() == "cpu" else (8192, choose("auto", device()))
+    dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    left, right = torch.randn(2, side, side, device=device(), dtype=dtype)
+    return 2 * side**3 / median_seconds(lambda: left @ right)
 
 
 def main() -> None:
@@ -196,6 +199,8 @@ def main() -> None:
         "seconds_a_step": medians,
         "turns": turns,
         "unets_alone_over_ours": medians["unets_alone"] / medians["ours"],
+        "samples_a_second": options.batch_size / medians["ours"],
+        "peak_memory_gb_of_the_unets": peak_memory_gb(device()),
         "share_of_matrix_rate": unets.flops() / medians["ours"] / matrix_rate(),
         "reference_over_ours": medians["reference"] / medians["ours"],
         "cache_seconds_once": cached,

@@ -7,6 +7,7 @@ import tarfile
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bksdm_tune.artifacts import verify_manifest
@@ -84,11 +85,14 @@ def test_captions_and_statistics(
     store = tmp_path / "store"
     store.mkdir()
     (store / "metadata.csv").write_text("file_name,text\na.jpg,a dog\n")
-    (store / "real_im256.npz").write_bytes(b"mu and sigma")
+    np.savez(store / "real_im256.npz", mu=np.zeros(4), sigma=np.eye(4))
     words = ["data", "fetch", "coco-30k", "--from", str(store), "--out", str(tmp_path / "coco")]
     assert main(words) == 0
-    assert (tmp_path / "coco/real_im256.npz").read_bytes() == b"mu and sigma"
     assert f"--captions {tmp_path / 'coco/metadata.csv'}" in capsys.readouterr().out
+    (store / "real_im256.npz").write_bytes(b"<html>moved</html>")
+    assert main([*words[:-1], str(tmp_path / "page")]) == 3
+    assert "no .npz with mu and sigma" in capsys.readouterr().err
+    assert not (tmp_path / "page").exists()
     assert main(["data", "fetch", "laion-5b"]) == 2
     assert main(["data", "list"]) == 0
     assert "2,256,472 rows" in capsys.readouterr().out

@@ -121,6 +121,21 @@ def test_the_cache_of_another_model_is_refused(
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
+@pytest.mark.parametrize("change", ["crop", "text_encoder"])
+def test_a_cache_made_in_another_way_is_refused(
+    change: str, teacher: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cache = tmp_path / "c"
+    words = ["cache", "--teacher", str(teacher), "--data", str(data), "--out", str(cache)]
+    assert main([*words, "--embeds", "--workers", "1"]) == 0
+    manifest = read_manifest(cache)
+    assert manifest["config"][change]
+    manifest["config"][change] = "another"
+    (cache / MANIFEST).write_text(json.dumps(manifest))
+    assert run(teacher, cache, tmp_path / "run") == 3
+    assert f"another {change}" in capsys.readouterr().err
+
+
 class Killed(Exception):
     """Stands for a kill: nobody catches it."""
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from bksdm_tune import processes
 from bksdm_tune.artifacts import MANIFEST
 from bksdm_tune.diffusion import crop
 from bksdm_tune.errors import DataError, UsageError
@@ -145,6 +146,34 @@ def test_broken_images_are_replaced_counted_and_listed(tmp_path: Path) -> None:
         Skipped(tmp_path / "other.jsonl", 0.2, source).note(4, pictures.bad)
     with pytest.raises(DataError, match="--max-broken"):
         Skipped(tmp_path / "none.jsonl", 0, source).note(4, pictures.bad[:1])
+
+
+def test_the_share_of_a_stream_is_of_what_this_call_saw(tmp_path: Path) -> None:
+    """A hundred listed before a resumption do not count again; few rows are no share yet."""
+    source = open_source(str(shards(tmp_path / "tars")))
+    path = tmp_path / "skipped.jsonl"
+    old = [json.dumps({"name": f"old{n}", "reason": "cut"}) for n in range(100)]
+    path.write_text("\n".join(old) + "\n")
+    skipped = Skipped(path, 0.01, source)
+    skipped.note(4, [("old5", "cut"), ("new1", "cut"), ("new2", "cut")])
+    assert len(path.read_text().splitlines()) == 102
+    skipped.note(4, [(f"more{n}", "cut") for n in range(8)])  # ten of at least a thousand
+    with pytest.raises(DataError, match="11 of 1000 rows"):
+        skipped.note(4, [("last", "cut")])
+
+
+def test_processes_share_the_empty_captions(tmp_path: Path, monkeypatch: Any) -> None:
+    """All of them read all captions; each counts and lists its own."""
+    monkeypatch.setattr(processes, "count", lambda: 2)
+    listed = []
+    for rank in (0, 1):
+        monkeypatch.setattr(processes, "rank", lambda rank=rank: rank)
+        source = open_source(str(shards(tmp_path / f"tars{rank}")))
+        source.empty = ["a", "b", "c"]
+        skipped = Skipped(tmp_path / f"skipped-{rank}.jsonl", 0.5, source)
+        skipped.note(4, [])
+        listed.append(skipped.names)
+    assert listed == [{"a", "c"}, {"b"}]
 
 
 def test_bad_rows_take_the_next_good_one() -> None:

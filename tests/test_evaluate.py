@@ -153,11 +153,14 @@ def test_compare_a_constant_difference_in_another_order(
     assert entry["ci95"] == pytest.approx([0.01, 0.01]) and entry["pairs"] == 3
 
 
-def test_unlike_protocols_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = result(tmp_path / "a", [0.1], ["x"], steps=25)
-    b = result(tmp_path / "b", [0.1], ["x"], steps=50)
+@pytest.mark.parametrize("what", ["steps", "n"])
+def test_unlike_protocols_are_refused(
+    what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    a = result(tmp_path / "a", [0.1], ["x"], **{what: 25})
+    b = result(tmp_path / "b", [0.1], ["x"], **{what: 50})
     assert main(["compare", str(a), str(b)]) == 5
-    assert "steps (25 and 50)" in capsys.readouterr().err
+    assert f"{what} (25 and 50)" in capsys.readouterr().err
 
 
 def test_teacher_of_another_protocol_is_refused(

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from bksdm_tune import architecture
-from bksdm_tune.artifacts import MANIFEST, free_disk, locked, write_manifest
+from bksdm_tune.artifacts import MANIFEST, folder_bytes, free_disk, locked, write_manifest
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.card import card
 from bksdm_tune.dreambooth.job import Job
@@ -190,7 +189,3 @@ def dry_run(job: Job) -> str:
         f"{weights:,} parameters train; the run folder needs about {disk / 1e9:.2f} GB "
         f"({free / 1e9:.0f} GB are free). Nothing was written into {job.folder}."
     )
-
-
-def folder_bytes(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

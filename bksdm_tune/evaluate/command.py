@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 from bksdm_tune.config import parse
 from bksdm_tune.evaluate.config import Config
 
@@ -10,7 +12,7 @@ def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune evaluate")
     from accelerate import PartialState
 
-    state = PartialState()
+    state = PartialState(timeout=timedelta(days=1))  # the first encodes while the others wait
     from bksdm_tune.evaluate.backbone import evaluate
     from bksdm_tune.evaluate.results import read_results, table
 
