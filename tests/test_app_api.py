@@ -7,6 +7,7 @@ import itertools
 import json
 import pickle
 import struct
+import time
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -105,9 +106,23 @@ def test_from_photos_to_a_file(client: Client, place: Path, tmp_path: Path) -> N
     assert not (place / "library/.photos/tom").exists()
 
 
+def test_first_come_first_served(client: Client) -> None:
+    """Drawings end in the order in which they were asked for."""
+    jobs, ended = [], list[int]()
+    for seed in range(8):
+        asked = {"prompt": "a {subject}", "model": "rex", "seed": seed, "steps": 30, "n": 8}
+        jobs.append(client.submit(asked, api_name="/draw"))
+        time.sleep(0.3)  # or the client's own threads may overtake each other
+    while len(ended) < len(jobs):
+        ended += [n for n, job in enumerate(jobs) if job.done() and n not in ended]
+        time.sleep(0.01)
+    assert ended == sorted(ended)
+
+
 def test_twenty_at_once(server: Server, client: Client) -> None:
     """Everybody gets the pictures of their own seed; memory stays where it was."""
     alone = {seed: pixels(draw(client, seed=seed)[0]) for seed in range(20)}
+    assert len({picture.tobytes() for picture in alone.values()}) == 20
     process = psutil.Process(server.process.pid)
     before = process.memory_info().rss
 
@@ -253,6 +268,16 @@ def test_three_hundred_hostile_requests(
         ("pocket-tiny", "", "x"), ("pocket-tiny", "X", "x" * 500), ("pocket-tiny", "..", "x"),
     ):  # fmt: skip
         refuses(handle_file(good), backbone, title, trigger, api_name="/import")
+    for value in (5, None, [], {"a": 1}):
+        refuses("rex", value, api_name="/rename")
+        refuses(value, api_name="/delete")
+        refuses("x", value, api_name="/job")
+    refuses({"prompt": "a dog", "backbone": "sd-v1-4"} | FEW, api_name="/draw")
+    copies = [*photos[:2], photos[0], photos[1]]
+    refuses(copies, FORM, api_name="/train")
+    found = client.predict(copies, api_name="/verdicts")
+    assert [v["usable"] for v in found] == [True, True, False, False]
+    refuses(handle_file(good), "pocket-tiny", "x" * 61, "x", api_name="/import")
     for name in ("", "../rex", "/", ".jobs", ".photos", "nobody", "rex/../rex", "x" * 5000):
         refuses(name, api_name="/delete")
         refuses(name, "Name", api_name="/rename")
@@ -276,7 +301,9 @@ def test_three_hundred_hostile_requests(
 def raw_requests(server: Server) -> int:
     """Past the client: paths that were never uploaded, names that climb; how many were refused."""
     count = 0
-    for path in ("/etc/passwd", "../../etc/passwd", f"{Path.home()}/.bashrc"):
+    stranger = f"http://127.0.0.1:{server.port}/gradio_api/info"
+    for path in ("/etc/passwd", "../../etc/passwd", f"{Path.home()}/.bashrc", stranger,
+                 "http://example.com/x.png", "https://huggingface.co/x.png"):  # fmt: skip
         data = {"path": path, "meta": {"_type": "gradio.FileData"}}
         reply = requests.post(f"{server.url}/gradio_api/call/verdicts", json={"data": [[data]]})
         event = reply.json().get("event_id")
@@ -284,12 +311,14 @@ def raw_requests(server: Server) -> int:
         if event:
             text = requests.get(f"{server.url}/gradio_api/call/verdicts/{event}").text
         assert "error" in text and "root:" not in text
-        assert requests.get(f"{server.url}/gradio_api/file={path}").status_code in (403, 404)
+        reply = requests.get(f"{server.url}/gradio_api/file={path}")
+        assert reply.status_code in (403, 404, 422, 500) and "root:" not in reply.text
         count += 2
-    for name in ("../../../evil.png", "/tmp/evil.png", "..\\evil.png", ".hidden"):
+    for name in ("../../../evil.png", "/tmp/evil-of-bksdm.png", "..\\evil.png", ".hidden"):
         files = {"files": (name, b"x", "image/png")}
-        requests.post(f"{server.url}/gradio_api/upload", files=files)
-        count += 1
+        (kept,) = requests.post(f"{server.url}/gradio_api/upload", files=files).json()
+        assert "/library/.uploads/" in kept and ".." not in Path(kept).parts
+    assert not Path("/tmp/evil-of-bksdm.png").exists()
     return count
 
 

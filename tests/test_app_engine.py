@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from bksdm_tune.adapters import read_adapter
 from bksdm_tune.app.engine import Cancelled, Engine, Request, settings_of
@@ -101,6 +102,21 @@ def test_wrong_requests_are_refused(library: Library, wrong: dict[str, Any]) -> 
         engine.draw(Request(**({"prompt": "a dog", "model": "rex"} | wrong)), lambda share: None)
 
 
+def test_a_full_run_that_took_the_place_of_another(library: Library) -> None:
+    """The new weights draw, not the old ones that are still in memory."""
+    engine, place = Engine(library, "cpu"), library.root / "place"
+    shutil.copytree(library.root / "full", place)
+    before = asked(engine, model="place")
+    library.delete("place")
+    shutil.copytree(library.root / "full", place)
+    path = place / "unet/diffusion_pytorch_model.safetensors"
+    save_file({k: 1.5 * v for k, v in load_file(path).items()}, path)
+    (place / "model_index.json").touch()
+    after = asked(engine, model="place")
+    library.delete("place")
+    assert (after != before).any()
+
+
 def test_a_model_that_was_deleted(library: Library) -> None:
     engine = Engine(library, "cpu")
     shutil.copytree(library.root / "rex", library.root / "gone")
@@ -112,11 +128,19 @@ def test_a_model_that_was_deleted(library: Library) -> None:
 
 def test_settings_come_back_from_a_png(tmp_path: Path) -> None:
     shot = Shot("a red dog", 7, 30, 5.0, "blurry")
-    save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), shot, model="rex")
-    assert settings_of(tmp_path / "a.png") == {
-        "prompt": "a red dog", "seed": 7, "steps": 30, "guidance_scale": 5.0,
-        "negative_prompt": "blurry",
-    }  # fmt: skip
+    save_png(tmp_path / "a.png", Image.new("RGB", (8, 8)), shot, model="rex", strength="0.5")
+    wanted = Request("a red dog", "rex", None, "blurry", 1, 7, 30, 5.0, 0.5)
+    assert settings_of(tmp_path / "a.png") == wanted
+    hostile = PngInfo()
+    hostile.add_text("bksdm_tune", json.dumps({"prompt": 5, "seed": "x"}))
+    Image.new("RGB", (8, 8)).save(tmp_path / "e.png", pnginfo=hostile)
+    with pytest.raises(UsageError, match="is not right"):
+        settings_of(tmp_path / "e.png")
+    deep = PngInfo()
+    deep.add_text("bksdm_tune", "[" * 100_000)
+    Image.new("RGB", (8, 8)).save(tmp_path / "f.png", pnginfo=deep)
+    with pytest.raises(DataError):
+        settings_of(tmp_path / "f.png")
     plain = PngInfo()
     plain.add_text("bksdm_tune", "[1")
     Image.new("RGB", (8, 8)).save(tmp_path / "b.png", pnginfo=plain)

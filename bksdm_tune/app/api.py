@@ -16,6 +16,7 @@ import gradio as gr
 from bksdm_tune.app.create import DRAWING
 from bksdm_tune.app.forms import Form
 from bksdm_tune.app.jobs import Job, progress
+from bksdm_tune.app.personalise import PHOTOS
 from bksdm_tune.app.studio import Studio
 from bksdm_tune.app.told import owner_of, told
 from bksdm_tune.errors import UsageError
@@ -38,21 +39,21 @@ def build(studio: Studio) -> None:
 
     def job(id: str, act: str, request: gr.Request) -> dict:  # type: ignore[type-arg]
         """Tell a training to pause, cancel, resume or forget; what became of it."""
-        studio.act(id, act, owner_of(request))
+        studio.act(text_of(id), text_of(act), owner_of(request))
         return {} if act == "forget" else facts(studio.jobs.get(id))
 
     def rename(model: str, title: str) -> str:
         """Change a model's title; its slug stays."""
-        studio.library.rename(model, title)
+        studio.library.rename(text_of(model), text_of(title))
         return model
 
     def delete(model: str) -> str:
         """Delete a model for good, and the photos it was taught with."""
-        studio.delete(model)
+        studio.delete(text_of(model))
         return model
 
     for function in (models, jobs, job, rename, delete):
-        gr.api(told(function), api_name=function.__name__, concurrency_limit=4)
+        gr.api(told(function), api_name=function.__name__, queue=False)
     with gr.Group(visible=False):
         _files(studio)
 
@@ -90,21 +91,27 @@ def _files(studio: Studio) -> None:
         paths = [studio.drawing.pictures / f"{uuid.uuid4().hex}.png" for _ in pictures]
         for path, picture in zip(paths, pictures, strict=True):
             picture.save(path)
+        studio.drawing.prune()
         return [str(path) for path in paths], {"words": maps.words}
 
     def export(model: str, format: str, dtype: str) -> tuple[str, str]:
-        path, said = studio.export(model, format, dtype)
+        path, said = studio.export(text_of(model), text_of(format), text_of(dtype))
         return str(path), said
 
     def import_(file: str, backbone: str, title: str, trigger: str) -> str:
-        return studio.import_adapter(Path(file or ""), title, backbone, trigger)
+        words = (text_of(title), text_of(backbone), text_of(trigger))
+        return studio.import_adapter(Path(file or ""), *words)
 
     many = lambda: gr.File(file_count="multiple")  # noqa: E731
     text, free = gr.Textbox, gr.JSON
+    photos = {"concurrency_id": PHOTOS, "concurrency_limit": 1}
     one = {"concurrency_id": DRAWING, "concurrency_limit": 1}
-    _endpoint(verdicts, {"photos": many()}, [free()])
-    _endpoint(estimate, {"photos": many(), "form": free()}, [text()], concurrency_id="estimate")
-    _endpoint(train, {"photos": many(), "form": free()}, [free()])
+    _endpoint(verdicts, {"photos": many()}, [free()], **photos)
+    _endpoint(
+        estimate, {"photos": many(), "form": free()}, [text()], concurrency_id="estimate",
+        concurrency_limit=1,
+    )  # fmt: skip
+    _endpoint(train, {"photos": many(), "form": free()}, [free()], **photos)
     _endpoint(draw, {"settings": free()}, [many(), free()], **one)
     _endpoint(
         compare, {"settings": free(), "kind": text(), "names": free()}, [many(), free()], **one
@@ -152,6 +159,13 @@ def facts(job: Job) -> dict[str, Any]:
         "id": job.id, "title": job.title, "state": job.state, "step": progress(job).step,
         "steps": job.steps, "model": job.run.name, "error": job.error, "command": job.command,
     }  # fmt: skip
+
+
+def text_of(value: Any) -> str:
+    """Raises UsageError: it is none; ``gr.api`` lets anything through."""
+    if not isinstance(value, str):
+        raise UsageError(f"Text is wanted, not {str(value)[:40]!r}.")
+    return value
 
 
 def form_from(values: Any) -> Form:

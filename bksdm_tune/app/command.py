@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from bksdm_tune.artifacts import locked
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
 
-LARGEST_UPLOAD = "40mb"
+LARGEST_UPLOAD = "1gb"  # adapters; photos have a limit of their own
+UPLOADS = ".uploads"
 DEFAULT_LIBRARY = Path("library")
 OPEN = "Everybody who can reach this address can use this app and see what is in its library."
 
@@ -77,14 +79,35 @@ def main(argv: list[str]) -> int:
     # Before Gradio is imported: nothing is told to anybody, uploads lie in the library.
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
-    os.environ["GRADIO_TEMP_DIR"] = str(root / ".uploads")
+    os.environ["GRADIO_TEMP_DIR"] = str(root / UPLOADS)
     with locked(root / ".app"):
         serve(config, root)
     return 0
 
 
+def stay_here() -> None:
+    """Keep Gradio from fetching addresses that a request names instead of a file."""
+    import gradio.processing_utils
+    import safehttpx
+
+    async def refuse(host: str) -> str:
+        raise ValueError(f"This app fetches nothing; {host} was not asked.")
+
+    safehttpx.async_validate_url = refuse
+    gradio.processing_utils.PUBLIC_HOSTNAME_WHITELIST.clear()
+
+
+def tidy(root: Path) -> None:
+    """Remove what an app that was killed left behind."""
+    for name in (UPLOADS, ".estimate-*", ".deleted-*"):
+        for path in root.glob(name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def serve(config: Config, root: Path) -> None:
     """Until Ctrl-C."""
+    stay_here()
+    tidy(root)
     from bksdm_tune.app.drawing import PICTURES
     from bksdm_tune.app.page import CSS, build, theme
     from bksdm_tune.app.studio import EXPORTS, Studio

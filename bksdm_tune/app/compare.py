@@ -73,7 +73,7 @@ def build(studio: Studio, backbone: str) -> list[Any]:
             kind, request, chosen or [], lambda x: progress(x, desc="drawing"), ticket
         )
         pictures = [(one.path, one.label) for one in shown if one.path]
-        return gr.update(value=pictures, columns=min(4, len(pictures))), table(shown, note)
+        return gr.update(value=pictures, columns=max(1, min(4, len(pictures)))), table(shown, note)
 
     def attend(
         ticket: str, model: str | None, beside: str, prompt: str, seed: Any, steps: int,
@@ -106,11 +106,11 @@ def build(studio: Studio, backbone: str) -> list[Any]:
 
 def table(shown: list[Any], note: str) -> str:
     """Seconds and scores below the pictures."""
-    rows = [
-        f"| {one.label} | {one.seconds:.2f} | {score(one.dino)} | {score(one.clip_t)} |"
-        + ("" if one.path else " withheld by the safety checker |")
-        for one in shown
-    ]
+    rows = []
+    for one in shown:
+        label = one.label.replace("|", "\\|")
+        label += "" if one.path else " (**withheld by the safety checker**)"
+        rows.append(f"| {label} | {one.seconds:.2f} | {score(one.dino)} | {score(one.clip_t)} |")
     head = ["| | seconds a picture | DINO | CLIP-T |", "|---|---|---|---|"]
     return "\n".join([*head, *rows, "", note])
 

@@ -15,11 +15,11 @@ from bksdm_tune.app.library import Library, Model
 from bksdm_tune.backbones import BACKBONES, get_backbone
 from bksdm_tune.device import best_device
 from bksdm_tune.errors import UsageError
+from bksdm_tune.evaluate import encoders
 from bksdm_tune.evaluate.encoders import Encoder, features
-from bksdm_tune.evaluate.protocols import DEFAULT, DINO, PROTOCOLS, Judges, load_judges
+from bksdm_tune.evaluate.protocols import CLIP, DEFAULT, DINO, PROTOCOLS, Judges, load_judges
 from bksdm_tune.evaluate.subject_scores import unit
 from bksdm_tune.generate import SUBJECT
-from bksdm_tune.resolve import local_snapshot
 from subjects.photos import open_photo, read_photos
 
 KINDS = ("before and after", "models", "backbones", "strengths")
@@ -87,8 +87,9 @@ def _backbone(library: Library, request: Request, name: str) -> Entry:
 
 def protocol_here() -> str:
     """The published encoders only if they are on this disk: the app asks nobody for anything."""
-    published = DINO[PROTOCOLS[DEFAULT][0]].partition("@")[0]
-    return DEFAULT if local_snapshot(published) else "pocket"
+    dino, clip = PROTOCOLS[DEFAULT]
+    here = encoders.dino_here(DINO[dino]) and encoders.open_clip_here(*CLIP[clip])
+    return DEFAULT if here else "pocket"
 
 
 class Grader:

@@ -9,6 +9,7 @@ from typing import Any
 
 import gradio as gr
 
+from bksdm_tune.app.forms import MOST_DENOISING, MOST_GUIDANCE, MOST_PICTURES, MOST_STRENGTH
 from bksdm_tune.app.studio import Studio
 from bksdm_tune.app.told import told
 from subjects.catalogue import fill, prompts_of_class
@@ -36,11 +37,13 @@ def build(studio: Studio) -> list[Any]:
             with gr.Row():
                 seed = gr.Number(label="Seed", value=0, precision=0, elem_id="seed")
                 chance = gr.Checkbox(label="Another seed each time", value=False)
-                count = gr.Slider(1, 16, 4, step=1, label="Pictures", elem_id="count")
+                count = gr.Slider(1, MOST_PICTURES, 4, step=1, label="Pictures", elem_id="count")
             with gr.Row():
-                steps = gr.Slider(1, 100, 25, step=1, label="Steps", elem_id="draw-steps")
-                guidance = gr.Slider(0, 20, 7.5, step=0.5, label="Guidance scale")
-                strength = gr.Slider(0, 2, 1, step=0.05, label="Adapter strength")
+                steps = gr.Slider(
+                    1, MOST_DENOISING, 25, step=1, label="Steps", elem_id="draw-steps"
+                )
+                guidance = gr.Slider(0, MOST_GUIDANCE, 7.5, step=0.5, label="Guidance scale")
+                strength = gr.Slider(0, MOST_STRENGTH, 1, step=0.05, label="Adapter strength")
         with gr.Column(scale=6, min_width=320):
             gallery = gr.Gallery(
                 label="Pictures; each PNG carries its settings", columns=2, format="png",
@@ -92,8 +95,11 @@ def build(studio: Studio) -> list[Any]:
         told(lambda name: about(studio, name)), model, [scenes, said], show_progress="hidden",
         api_visibility="private",
     )  # fmt: skip
-    dropped.upload(told(restored), dropped, [prompt, negative, seed, steps, guidance, chance],
-                   api_visibility="private")  # fmt: skip
+    dropped.upload(
+        told(lambda file: restored(studio, file)), dropped,
+        [model, prompt, negative, seed, steps, guidance, strength, chance],
+        api_visibility="private",
+    )  # fmt: skip
     return [model]
 
 
@@ -128,10 +134,12 @@ def about(studio: Studio, name: str | None) -> tuple[Update, str]:
     return gr.update(samples=scenes_of(noun)), text
 
 
-def restored(file: str | None) -> tuple[Any, ...]:
-    """The fields from a PNG's own settings."""
+def restored(studio: Studio, file: str | None) -> tuple[Any, ...]:
+    """The fields from a PNG's own settings; the model too, where the library has it."""
     from bksdm_tune.app.engine import settings_of
 
     found = settings_of(Path(file or ""))
-    keys = ("prompt", "negative_prompt", "seed", "steps", "guidance_scale")
-    return (*(found.get(key, gr.skip()) for key in keys), False)
+    here = found.model in {slug for _, slug in models(studio)}
+    model = found.model if here else gr.skip()
+    settings = found.negative_prompt, found.seed, found.steps, found.guidance, found.strength
+    return (model, found.prompt, *settings, False)

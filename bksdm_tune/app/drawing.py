@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from bksdm_tune.app.library import Library
-from bksdm_tune.backbones import get_backbone
+from bksdm_tune.backbones import EMBEDDED, get_backbone
 from bksdm_tune.errors import DataError, UsageError
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 PICTURES = ".pictures"
 MOST_KEPT = 500  # on disk
+MOST_CANCELLED = 1_000
 OnStep = Callable[[float], None]
 
 
@@ -46,7 +47,7 @@ class Drawing:
         self.library = library
         self.pictures = library.root / PICTURES
         self.pictures.mkdir(exist_ok=True)
-        self.cancelled: set[str] = set()
+        self.cancelled: dict[str, None] = {}
         """Tickets of drawings that nobody waits for any more."""
         self._engine: Engine | None = None
         self._grader: Grader | None = None
@@ -91,7 +92,7 @@ class Drawing:
 
         def step(share: float) -> None:
             if ticket and ticket in self.cancelled:
-                self.cancelled.discard(ticket)
+                self.cancelled.pop(ticket, None)
                 raise Cancelled
             on_step(share)
 
@@ -99,7 +100,9 @@ class Drawing:
         return step
 
     def cancel(self, ticket: str) -> None:
-        self.cancelled = {*list(self.cancelled)[-100:], ticket}
+        self.cancelled[ticket] = None
+        while len(self.cancelled) > MOST_CANCELLED:  # drawings that had ended already
+            self.cancelled.pop(next(iter(self.cancelled)))
 
     def keep(self, drawn: Drawn, request: Request) -> list[Path]:
         """As PNG files; the oldest ones go."""
@@ -107,14 +110,17 @@ class Drawing:
 
         paths = []
         for picture, shot in zip(drawn.pictures, drawn.shots, strict=True):
-            path = self.pictures / f"{uuid.uuid4().hex}.png"
+            paths.append(self.pictures / f"{uuid.uuid4().hex}.png")
             model = request.model or request.backbone or ""
-            save_png(path, picture, shot, model=model, strength=str(request.strength))
-            paths.append(path)
+            save_png(paths[-1], picture, shot, model=model, strength=str(request.strength))
+        self.prune()
+        return paths
+
+    def prune(self) -> None:
+        """Drop the oldest pictures."""
         files = sorted(self.pictures.glob("*.png"), key=lambda p: p.stat().st_mtime)
         for old in files[: max(0, len(files) - MOST_KEPT)]:
             old.unlink(missing_ok=True)
-        return paths
 
     def attention(self, request: Request, on_step: OnStep, ticket: str = "") -> Maps:
         """Which words drew which pixels."""
@@ -130,6 +136,7 @@ class Drawing:
             words = self.library.get(request.model).trigger if request.model else ""
             prompt = request.prompt.replace("{subject}", words) if words else request.prompt
             requests.append(replace(request, model=None, backbone=beside, prompt=prompt))
+            check_backbone(requests[-1])
         shown: list[tuple[Image, str]] = []
         for number, one in enumerate(requests):
 
@@ -150,6 +157,8 @@ class Drawing:
 
         check_backbone(request)
         listed = contest.entries(self.library, kind, replace(request, n=1), names)
+        for entry in listed:
+            check_backbone(entry.request)
         if self._grader is None:
             self._grader = contest.Grader()
         model, shown = self.library.get(request.model) if request.model else None, list[Compared]()
@@ -167,6 +176,22 @@ class Drawing:
 
 
 def check_backbone(request: Request) -> None:
-    """Raises UsageError: it is none of the registry; folders must not come from outside."""
+    """
+    Raises:
+        UsageError: the backbone is none of the registry (folders must not come from outside), or is
+            not on this disk: drawing fetches nothing.
+    """
     if request.backbone is not None:
-        get_backbone(request.backbone)
+        check_here(request.backbone)
+
+
+def check_here(name: str) -> None:
+    """As ``check_backbone``."""
+    from bksdm_tune.resolve import local_snapshot
+
+    row = get_backbone(name)
+    if row.source != EMBEDDED and local_snapshot(row.source) is None:
+        raise UsageError(
+            f"{name} is not on this disk. Train with it, or fetch it: "
+            f"bksdm-tune generate {name} --prompt 'a dog'."
+        )

@@ -5,6 +5,7 @@ One request draws at a time; the web server's queue decides whose.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import threading
@@ -17,8 +18,7 @@ from typing import Any
 
 from PIL import Image
 
-from bksdm_tune.app import safety
-from bksdm_tune.app.forms import check_types
+from bksdm_tune.app import forms, safety
 from bksdm_tune.app.library import Library, Model
 from bksdm_tune.artifacts import sha256_file
 from bksdm_tune.attention import Maps, attention_maps
@@ -28,10 +28,13 @@ from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.generate import fill_subject
 from bksdm_tune.lora import fit
 from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, put_on
-from bksdm_tune.resolve import Parts, resolve, tuned_from
+from bksdm_tune.resolve import INDEX, Parts, resolve, tuned_from
 
 KEPT = 2  # pipelines in memory
-MOST_PICTURES, MOST_STEPS, LONGEST_PROMPT = 16, 150, 2000
+LONGEST_PROMPT = 2000
+
+
+Key = tuple[str, str, str]  # U-Net, the other parts, when they were written
 
 
 class Cancelled(Exception):
@@ -55,7 +58,7 @@ class Request:
     """Draw with what the model was tuned from."""
 
     def __post_init__(self) -> None:
-        check_types(self)
+        forms.check_types(self)
         if (self.model is None) == (self.backbone is None):
             raise UsageError("Choose a model to draw with.")
         if not self.prompt.strip():
@@ -63,11 +66,11 @@ class Request:
         for text in (self.prompt, self.negative_prompt):
             if len(text) > LONGEST_PROMPT or "\0" in text:
                 raise UsageError(f"A prompt has at most {LONGEST_PROMPT} characters.")
-        check_range("Pictures", self.n, 1, MOST_PICTURES)
+        check_range("Pictures", self.n, 1, forms.MOST_PICTURES)
         check_range("Seed", self.seed, 0, 2**62)
-        check_range("Steps", self.steps, 1, MOST_STEPS)
-        check_range("Guidance", self.guidance, 0, 50)
-        check_range("Strength", self.strength, 0, 2)
+        check_range("Steps", self.steps, 1, forms.MOST_DENOISING)
+        check_range("Guidance", self.guidance, 0, forms.MOST_GUIDANCE)
+        check_range("Strength", self.strength, 0, forms.MOST_STRENGTH)
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,8 @@ class Engine:
     def __init__(self, library: Library, device: str | None = None) -> None:
         self.library, self.device = library, device or best_device()
         self.lock = threading.Lock()
-        self.pipes: OrderedDict[tuple[str, str], Any] = OrderedDict()
-        self.worn: dict[tuple[str, str], str] = {}
+        self.pipes: OrderedDict[Key, Any] = OrderedDict()
+        self.worn: dict[Key, str] = {}
         """Pipeline -> hash of the adapter it carries."""
         self.checkers: dict[Path, safety.Safety] = {}
 
@@ -146,15 +149,15 @@ class Engine:
 
     def dressed(self, parts: Parts, strength: float) -> Any:
         """The backbone's pipeline, with the adapter on, or with none."""
-        key = (str(parts.unet), str(parts.root))
+        key = (str(parts.unet), str(parts.root), str(changed(parts.root)))
         pipe = self.pipes.pop(key, None)
+        while len(self.pipes) >= KEPT:  # before another is loaded
+            old, _ = self.pipes.popitem(last=False)
+            self.worn.pop(old, None)
         if pipe is None:
             pipe = load_pipeline(replace(parts, adapter=None), self.device)
             self.worn.pop(key, None)
         self.pipes[key] = pipe
-        while len(self.pipes) > KEPT:
-            old, _ = self.pipes.popitem(last=False)
-            self.worn.pop(old, None)
         wanted = None if parts.adapter is None else sha256_file(parts.adapter)
         if self.worn.get(key) != wanted:
             if self.worn.pop(key, None) is not None:
@@ -175,18 +178,28 @@ class Engine:
             self.dressed(resolve(ref), 1.0)
 
 
-def settings_of(path: Path) -> dict[str, Any]:
-    """What a PNG of this program says it was drawn with, as fields of a request.
+def changed(root: Path) -> int:
+    """When a pipeline was written: a deleted run's folder may be another run's by now."""
+    return (root / INDEX).stat().st_mtime_ns
+
+
+def settings_of(path: Path) -> Request:
+    """What a PNG of this program says it was drawn with; the model as it was named.
 
     Raises:
+        UsageError: it asks for what no request may.
         DataError: it is no picture, or says nothing.
     """
     try:
         with Image.open(path, formats=("PNG",)) as image:
             said = json.loads(image.info.get("bksdm_tune", "null"))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, ValueError, SyntaxError, RecursionError, Image.DecompressionBombError):
         raise DataError("That is no PNG file.") from None
     if not isinstance(said, dict) or "prompt" not in said:
         raise DataError("That picture does not say how it was drawn; only this program's do.")
-    known = {field.name for field in fields(Shot)}
-    return {name: value for name, value in said.items() if name in known}
+    names = {"guidance_scale": "guidance"}
+    known = {field.name for field in fields(Request)} - {"n", "backbone", "untuned"}
+    found = {names.get(name, name): value for name, value in said.items()}
+    with contextlib.suppress(KeyError, ValueError, TypeError):
+        found["strength"] = float(found["strength"])  # text, as all that is added to a picture
+    return Request(**{"model": "unknown"} | {k: v for k, v in found.items() if k in known})

@@ -20,6 +20,8 @@ NOUN = re.compile(r"[^\W_][\w' -]{0,59}")
 WORD = re.compile(r"[A-Za-z0-9]{2,20}")
 MOST_STEPS, LARGEST_RANK, LARGEST_BATCH, LARGEST_SIDE = 20_000, 256, 64, 2048
 PREVIEWS = 4  # on the way
+# Of a drawing.
+MOST_PICTURES, MOST_DENOISING, MOST_GUIDANCE, MOST_STRENGTH = 16, 150, 50, 2
 
 
 @dataclass(frozen=True)

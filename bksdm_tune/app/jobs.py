@@ -135,21 +135,30 @@ class Jobs:
                 self._write(replace(job, state=state))
 
     def resume(self, name: str) -> None:
-        """Put a job that was stopped at the end of the queue; it goes on from its checkpoint."""
+        """Put a job that was stopped at the end of the queue; it goes on from its checkpoint.
+
+        Raises:
+            UsageError: it is still stopping.
+        """
         with self.lock:
             job = self.get(name)
-            if job.state in RESUMABLE and not alive(job):
+            if alive(job) and job.state in RESUMABLE:
+                raise UsageError("It is still stopping; try again in a moment.")
+            if job.state in RESUMABLE:
                 self.add(replace(job, state=QUEUED, error=None, created=time.time(), pid=None))
 
-    def forget(self, name: str) -> bool:
-        """Drop a job from the list, if it is not running; its run folder stays."""
+    def forget(self, name: str) -> None:
+        """Drop a job from the list; its run folder stays.
+
+        Raises:
+            UsageError: it is running.
+        """
         with self.lock:
             job = self.get(name)
             if alive(job):
-                return False
+                raise UsageError("It is still running; cancel it first, and wait for it to stop.")
             for suffix in (".json", ".log"):
                 (self.folder / job.id).with_suffix(suffix).unlink(missing_ok=True)
-        return True
 
     def place(self, job: Job) -> int:
         """How many are running or waiting before it."""
@@ -192,7 +201,12 @@ class Jobs:
                 [sys.executable, "-m", "bksdm_tune", *job.words],
                 stdout=log, stderr=log, stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
-        self._write(replace(job, state=RUNNING, pid=process.pid))
+        try:
+            self._write(replace(job, state=RUNNING, pid=process.pid))
+        except OSError:  # nobody would know of it
+            process.kill()
+            process.wait()
+            raise
         return process
 
     def _settle(self, job: Job) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 from bksdm_tune.artifacts import MANIFEST, locked, read_manifest, write_text_atomic
 from bksdm_tune.errors import DataError, UsageError
 
-TITLES = "titles.json"
+TITLES, PHOTOS = "titles.json", ".photos"
 LONGEST = 60
 
 
@@ -72,6 +72,20 @@ class Model:
         return found
 
 
+def written(model: Model) -> float:
+    """When; 0 if it was deleted meanwhile."""
+    try:
+        return (model.folder / MANIFEST).stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def check_title(title: str) -> None:
+    """Raises UsageError: it is empty or too long."""
+    if not title.strip() or len(title) > LONGEST:
+        raise UsageError(f"A title has 1 to {LONGEST} characters.")
+
+
 class Library:
     """``root`` holds a folder a model; titles are kept beside, since folders keep their names."""
 
@@ -93,7 +107,7 @@ class Library:
             if str(manifest["kind"]).startswith("dreambooth-"):
                 title = titles.get(folder.name, folder.name)
                 found.append(Model(folder.name, title, folder, manifest))
-        return sorted(found, key=lambda m: -(m.folder / MANIFEST).stat().st_mtime)
+        return sorted(found, key=written, reverse=True)
 
     def get(self, name: str) -> Model:
         """
@@ -107,10 +121,11 @@ class Library:
 
     def free_folder(self, name: str) -> Path:
         """A folder for a new run of that name, which is not there yet."""
-        stem, number = slug(name), 1
-        while (self.root / (stem if number == 1 else f"{stem}-{number}")).exists():
+        stem, number, found = slug(name), 1, slug(name)
+        while (self.root / found).exists() or (self.root / PHOTOS / found).exists():
             number += 1
-        return self.root / (stem if number == 1 else f"{stem}-{number}")
+            found = f"{stem}-{number}"
+        return self.root / found
 
     def rename(self, name: str, title: str) -> None:
         """Change what a model is called; its folder stays, so that nothing that uses it breaks."""
@@ -122,8 +137,8 @@ class Library:
         Raises:
             UsageError: the title is empty or too long.
         """
-        if title is not None and (not title.strip() or len(title) > LONGEST):
-            raise UsageError(f"A title has 1 to {LONGEST} characters.")
+        if title is not None:
+            check_title(title)
         with self.lock:
             titles = self._titles()
             titles.pop(folder, None)

@@ -12,6 +12,7 @@ from bksdm_tune.app.studio import Studio
 
 TITLE = "bksdm-tune"
 MOST_WAITING = 64
+KEPT = (3600, 86_400)  # seconds: how often copies of files are looked through, how old they get
 CSS = """
 .gradio-container {max-width: min(1280px, 100vw) !important; margin: 0 auto !important}
 .bar {height: 8px; border-radius: 4px; background: var(--border-color-primary); overflow: hidden}
@@ -46,7 +47,7 @@ def theme() -> Any:
 
 def build(studio: Studio, backbone: str, warning: str = "") -> gr.Blocks:
     """The whole app; ``warning``: what stands in red above it."""
-    with gr.Blocks(title=TITLE, analytics_enabled=False) as page:
+    with gr.Blocks(title=TITLE, analytics_enabled=False, delete_cache=KEPT) as page:
         gr.Markdown(
             f"# {TITLE}\nFour to six photos in, a small Stable Diffusion that knows your subject "
             "out. Everything stays on this machine."
@@ -78,7 +79,9 @@ def build(studio: Studio, backbone: str, warning: str = "") -> gr.Blocks:
                     told.append(gr.update(choices=found, value=value if value in slugs else first))
             return told if count > 1 else told[0]
 
-        quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+        quiet: dict[str, Any] = {
+            "show_progress": "hidden", "api_visibility": "private", "queue": False,
+        }  # fmt: skip
         for event in (page.load, drawing.select):
             event(lambda value: lists(1, value), chosen, chosen, **quiet)
         for event in (page.load, comparing.select):

@@ -29,6 +29,8 @@ from bksdm_tune.errors import UsageError
 from subjects.photos import decode_photo
 
 THUMB = 160
+PHOTOS = "photos"
+"""Decoding large pictures takes memory: one request at a time."""
 PULSE = 1.5  # seconds between looks at the run folder
 Update = Any
 
@@ -84,7 +86,10 @@ def build(studio: Studio, backbone: str) -> None:
     seen = gr.State(())
     live = [which, status, plot, samples, seen]
 
-    photos.change(told(look_at), [photos, choice], [thumbs], api_visibility="private")
+    gr.on(
+        [photos.change, choice.change], told(look_at), [photos, choice], [thumbs],
+        api_visibility="private", concurrency_id=PHOTOS, concurrency_limit=1,
+    )  # fmt: skip
     for chosen_ in (choice, method):
         chosen_.change(
             lambda *on: [gr.update(placeholder=hint) for hint in recipe_hints(*on)],
@@ -96,50 +101,47 @@ def build(studio: Studio, backbone: str) -> None:
         return studio.estimate(form_of(*values), paths(files))
 
     cost.click(
-        told(measure), [photos, *form], said, api_visibility="private", concurrency_id="estimate"
-    )
+        told(measure), [photos, *form], said, api_visibility="private", concurrency_id="estimate",
+        concurrency_limit=1,
+    )  # fmt: skip
 
     def begin(files: Any, request: gr.Request, *values: Any) -> tuple[str, str, Update]:
         job = studio.train(form_of(*values), paths(files), owner_of(request))
         text = f"**{html.escape(job.title)}** is in the queue."
-        return text, job.command, jobs_of(studio, request, job.id)
+        return text, job.command, jobs_of(studio, request, job.id) | {"value": job.id}
 
     start.click(
-        told(begin), [photos, *form], [said, command, which], api_visibility="private"
-    ).then(told(lambda: ()), None, seen, api_visibility="private")
+        told(begin), [photos, *form], [said, command, which], api_visibility="private",
+        concurrency_id=PHOTOS, concurrency_limit=1,
+    ).then(told(lambda: ()), None, seen, api_visibility="private")  # fmt: skip
 
     def show(*values: Any) -> str:
         return studio.command(form_of(*values))
 
-    for part in (title, noun, choice, method):
+    for part in form:
         part.change(quietly(show), form, command, show_progress="hidden", api_visibility="private")
 
     def tick(job: str | None, before: Any, request: gr.Request) -> tuple[Update, ...]:
         return follow(studio, job, before, request)
 
+    # Outside the queue, which drawings may fill.
+    quiet: dict[str, Any] = {
+        "show_progress": "hidden", "api_visibility": "private", "queue": False,
+    }  # fmt: skip
     timer = gr.Timer(PULSE)
-    timer.tick(told(tick), [which, seen], live, show_progress="hidden", api_visibility="private")
+    timer.tick(told(tick), [which, seen], live, **quiet)
 
     def chosen(job: str | None, request: gr.Request) -> tuple[Update, ...]:
         return follow(studio, job, None, request)
 
-    which.input(
-        told(chosen),
-        [which], live, show_progress="hidden", api_visibility="private",
-    )  # fmt: skip
+    which.input(told(chosen), [which], live, **quiet)
     for button, act in (
         (pause, "pause"),
         (cancel, "cancel"),
         (resume, "resume"),
         (forget, "forget"),
     ):
-        button.click(
-            told(_acting(studio, act)),
-            [which],
-            live,
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        button.click(told(_acting(studio, act)), [which], live, **quiet)
 
 
 def choices() -> list[tuple[str, str]]:
@@ -247,22 +249,24 @@ def jobs_of(studio: Studio, request: gr.Request, chosen: str | None) -> Update:
     """The list of trainings; the running one, or else the newest, where none is chosen."""
     jobs = studio.mine(owner_of(request))
     ids = [job.id for job in jobs]
-    if chosen not in ids:
-        running = [job.id for job in jobs if job.state == RUNNING]
-        chosen = next(iter(running or ids), None)
-    return gr.update(choices=[(f"{job.title} · {job.state}", job.id) for job in jobs], value=chosen)
+    listed = [(f"{job.title} · {job.state}", job.id) for job in jobs]
+    if chosen in ids:  # not sent back: the person may have chosen another meanwhile
+        return gr.update(choices=listed)
+    running = [job.id for job in jobs if job.state == RUNNING]
+    return gr.update(choices=listed, value=next(iter(running or ids), None))
 
 
 def follow(studio: Studio, chosen: str | None, before: Any, request: gr.Request) -> tuple[Any, ...]:
     """What the run folder says now; nothing is sent where nothing is new."""
     listed = jobs_of(studio, request, chosen)
-    if listed["value"] is None:
+    shown = listed.get("value", chosen)
+    if shown is None:
         empty = pd.DataFrame({"step": [], "loss": []})
         now: tuple[Any, ...] = ((), None, 0, ())
         if now == before:
             return (gr.skip(),) * 5
         return listed, "<p>No trainings yet.</p>", empty, [], now
-    job = studio.my_job(listed["value"], owner_of(request))
+    job = studio.my_job(shown, owner_of(request))
     told_ = progress(job)
     now = (tuple(listed["choices"]), job.id, told_.step, tuple(map(str, told_.pictures)), job.state)
     if now == before:

@@ -9,13 +9,13 @@ import uuid
 from pathlib import Path
 
 from bksdm_tune.app import uploads
-from bksdm_tune.app.drawing import Drawing
+from bksdm_tune.app.drawing import Drawing, check_here
 from bksdm_tune.app.forms import Form
 from bksdm_tune.app.jobs import CANCELLED, PAUSED, Job, Jobs
-from bksdm_tune.app.library import Library, slug
+from bksdm_tune.app.library import PHOTOS, Library, check_title
 from bksdm_tune.errors import DataError, UsageError
 
-PHOTOS, EXPORTS = ".photos", ".exports"
+EXPORTS = ".exports"
 LONGEST_ESTIMATE, LONGEST_SCORING = 900, 6 * 3600  # seconds
 
 
@@ -74,10 +74,16 @@ class Studio:
         with self.library.lock:
             self.jobs.check_room()
             job = self._job(form, owner)
-            uploads.keep(verdicts, self.photos_of(job.run))
-            job.run.mkdir()  # so that the name is taken
-        self.library.name(job.run.name, form.title)
-        return self.jobs.add(job)
+            photos_ = self.photos_of(job.run)
+            try:
+                uploads.keep(verdicts, photos_)
+                job.run.mkdir()  # so that the name is taken
+                self.library.name(job.run.name, form.title)
+                return self.jobs.add(job)
+            except BaseException:
+                shutil.rmtree(photos_, ignore_errors=True)
+                shutil.rmtree(job.run, ignore_errors=True)
+                raise
 
     def _job(self, form: Form, owner: str | None) -> Job:
         run = self.library.free_folder(form.title)
@@ -88,8 +94,8 @@ class Studio:
         return self.library.root / PHOTOS / run.name
 
     def mine(self, owner: str | None) -> list[Job]:
-        """The jobs that ``owner`` may see, the newest first."""
-        return [job for job in reversed(self.jobs.all()) if job.owner == owner]
+        """The jobs that ``owner`` may see, the newest first; those of nobody are everybody's."""
+        return [job for job in reversed(self.jobs.all()) if job.owner in (None, owner)]
 
     def my_job(self, name: str, owner: str | None) -> Job:
         """
@@ -97,7 +103,7 @@ class Studio:
             UsageError: there is none, or it is somebody else's.
         """
         job = self.jobs.get(name)
-        if job.owner != owner:
+        if job.owner not in (None, owner):
             raise UsageError("There is no such job.")
         return job
 
@@ -120,19 +126,21 @@ class Studio:
 
     def _forget(self, job: Job) -> None:
         """The folder of a job that never finished goes too."""
-        if self.jobs.forget(job.id):
+        with self.library.lock:
+            self.jobs.forget(job.id)
             self.library.sweep(job.run, self.photos_of(job.run))
 
     # Library
 
     def delete(self, name: str) -> None:
         """A model, the photos it was taught with, and its title."""
-        run = self.library.get(name).folder
-        self.library.delete(name)
-        shutil.rmtree(self.photos_of(run), ignore_errors=True)
-        for job in self.jobs.all():
-            if job.run == run:
-                self.jobs.forget(job.id)
+        with self.library.lock:
+            run = self.library.get(name).folder
+            self.library.delete(name)
+            shutil.rmtree(self.photos_of(run), ignore_errors=True)
+            for job in self.jobs.all():
+                if job.run == run:
+                    self.jobs.forget(job.id)
 
     def score(self, name: str) -> str:
         """Score a model over its prompts, into its folder; the table."""
@@ -149,11 +157,12 @@ class Studio:
         """
         from bksdm_tune.app.exchange import import_adapter
 
-        slug(title)
+        check_title(title)
+        check_here(backbone)
         with self.library.lock:
             folder = self.library.free_folder(title)
             import_adapter(path, folder, backbone, trigger)
-        self.library.name(folder.name, title)
+            self.library.name(folder.name, title)
         return folder.name
 
     def export(self, name: str, format: str, dtype: str = "fp16") -> tuple[Path, str]:

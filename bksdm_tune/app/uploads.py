@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from bksdm_tune.artifacts import sha256_file
 from bksdm_tune.errors import DataError, UsageError
-from subjects.photos import decode_photo
+from subjects.photos import FORMATS, decode_photo
 
 FEWEST, MOST = 3, 20
 MOST_BYTES, MOST_PIXELS = 30 * 2**20, 60_000_000
@@ -51,8 +52,13 @@ def examine(paths: list[Path], smallest_side: int) -> list[Verdict]:
         raise UsageError(f"{len(paths)} photos are too many; choose the best {FEWEST} to {MOST}.")
     verdicts: list[Verdict] = []
     seen: list[tuple[str, NDArray[Any]]] = []
+    hashes: dict[str, str] = {}
     for path in paths:
         verdict, print_ = _look(path, smallest_side)
+        if verdict.bad is None:
+            first = hashes.setdefault(sha256_file(path), verdict.name)
+            if first != verdict.name or path in {v.path for v in verdicts}:
+                verdict = Verdict(verdict.name, path, verdict.size, f"is a copy of {first}")
         if print_ is not None and verdict.bad is None:
             twin = next((n for n, other in seen if int((other != print_).sum()) <= ALIKE), None)
             if twin is not None:
@@ -72,16 +78,17 @@ def _look(path: Path, smallest_side: int) -> tuple[Verdict, NDArray[Any] | None]
     try:
         if path.stat().st_size > MOST_BYTES:
             return bad(f"has more than {MOST_BYTES >> 20} MB")
-        with Image.open(path) as header:
+        with Image.open(path, formats=FORMATS) as header:
             if header.width * header.height > MOST_PIXELS:
                 return bad(f"has {header.width} x {header.height} pixels; make it smaller")
             turned = header.getexif().get(0x0112, 1) != 1
         image = decode_photo(path)
     except DataError as error:
         return bad(str(error))
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = "is no picture" if isinstance(error, Image.UnidentifiedImageError) else str(error)
-        return bad(reason)
+    except Image.UnidentifiedImageError:
+        return bad("is no picture")
+    except Exception as error:  # decoders and EXIF readers raise what they like on damaged files
+        return bad(str(error) or "is damaged")
     if min(image.size) < smallest_side:
         return bad(
             f"is {image.width} x {image.height}; the shorter side needs {smallest_side} pixels"

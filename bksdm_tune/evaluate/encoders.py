@@ -294,6 +294,30 @@ def dino(source: str, device: str) -> Encoder:
     )
 
 
+def dino_here(source: str) -> bool:
+    """Whether a Hub id, with its @revision, is on this disk."""
+    name, _, revision = source.partition("@")
+    return _cached(name, allow_patterns=["config.json"], revision=revision or None)
+
+
+def open_clip_here(name: str, pretrained: str) -> bool:
+    """Whether the published weights are on this disk."""
+    import open_clip
+
+    repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/")
+    return bool(repository) and _cached(repository)
+
+
+def _cached(name: str, **wanted: Any) -> bool:
+    from huggingface_hub import snapshot_download
+
+    try:
+        snapshot_download(name, **wanted, local_files_only=True)
+    except OSError:
+        return False
+    return True
+
+
 def _hub_model(source: str) -> Path:
     """Raises DataError: it is neither in the Hub cache nor to be had."""
     from huggingface_hub import snapshot_download
