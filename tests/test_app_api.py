@@ -110,7 +110,7 @@ def test_first_come_first_served(client: Client) -> None:
     """Drawings end in the order in which they were asked for."""
     jobs, ended = [], list[int]()
     for seed in range(8):
-        asked = {"prompt": "a {subject}", "model": "rex", "seed": seed, "steps": 30, "n": 8}
+        asked = {"prompt": "a {subject}", "model": "rex", "seed": seed, "steps": 20, "n": 4}
         jobs.append(client.submit(asked, api_name="/draw"))
         time.sleep(0.3)  # or the client's own threads may overtake each other
     while len(ended) < len(jobs):
