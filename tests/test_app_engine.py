@@ -117,6 +117,22 @@ def test_a_full_run_that_took_the_place_of_another(library: Library) -> None:
     assert (after != before).any()
 
 
+def test_an_accelerators_memory_is_given_back(library: Library) -> None:
+    """Not while somebody draws; the next drawing loads again."""
+    engine = Engine(library, "cpu")
+    before = asked(engine, model="rex")
+    engine.release()
+    assert engine.pipes  # main memory is left alone
+    engine.device = "cuda"
+    with engine.lock:
+        engine.release()
+    assert engine.pipes
+    engine.release()
+    assert not engine.pipes and not engine.worn
+    engine.device = "cpu"
+    assert (asked(engine, model="rex") == before).all()
+
+
 def test_a_model_that_was_deleted(library: Library) -> None:
     engine = Engine(library, "cpu")
     shutil.copytree(library.root / "rex", library.root / "gone")

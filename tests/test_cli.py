@@ -26,6 +26,7 @@ VERBS = (
     "subjects",
     "dreambooth",
     "generate",
+    "attention",
     "evaluate",
     "score",
     "sweep",
@@ -34,6 +35,7 @@ VERBS = (
     "adapter",
     "port",
     "push",
+    "app",
     "doctor",
 )
 

@@ -62,6 +62,11 @@ class Drawing:
                 self._engine = Engine(self.library)
         return self._engine
 
+    def release(self) -> None:
+        """Before a training starts."""
+        if self._engine is not None:
+            self._engine.release()
+
     def preload(self, backbone: str) -> threading.Thread:
         """Load a backbone in the background, so that the first picture need not wait for it."""
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
 
 from bksdm_tune.app import forms, safety
@@ -171,6 +172,17 @@ class Engine:
             used = sorted({name for part in names.values() for name in part})
             pipe.set_adapters(used, [strength] * len(used))
         return pipe
+
+    def release(self) -> None:
+        """Give an accelerator's memory back, unless somebody is drawing."""
+        if self.device == "cpu" or not self.lock.acquire(blocking=False):
+            return
+        try:
+            self.pipes.clear()
+            self.worn.clear()
+            torch.cuda.empty_cache()
+        finally:
+            self.lock.release()
 
     def preload(self, ref: str) -> None:
         """Load a backbone before anybody asks."""

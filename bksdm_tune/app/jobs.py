@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,9 @@ class Progress:
 class Jobs:
     """All jobs of a library, and the thread that runs them."""
 
-    def __init__(self, library: Path) -> None:
+    def __init__(self, library: Path, before: Callable[[], None] = lambda: None) -> None:
+        """``before``: called before a training starts."""
+        self.before = before
         self.folder = library.absolute() / FOLDER
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = threading.RLock()
@@ -196,6 +199,7 @@ class Jobs:
             return process
 
     def _launch(self, job: Job) -> subprocess.Popen[bytes]:
+        self.before()
         with open(self.folder / f"{job.id}.log", "wb") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "bksdm_tune", *job.words],

@@ -23,8 +23,9 @@ class Studio:
     """A library, its queue of trainings, and what draws."""
 
     def __init__(self, library: Path) -> None:
-        self.library, self.jobs = Library(library), Jobs(library)
+        self.library = Library(library)
         self.drawing = Drawing(self.library)
+        self.jobs = Jobs(library, self.drawing.release)
 
     # Training
 
