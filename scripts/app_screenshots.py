@@ -95,7 +95,7 @@ def use(page: Any, files: list[str], options: Any) -> None:
         ("Create", "#draw", "#gallery img"),
         ("Compare", "#compare", "#contest img"),
         ("Compare", "#attend", "#maps img"),
-        ("Library", "#score", "#judged table"),
+        ("Library", "#score", "#judged li"),
         ("Library", "#export", "#exported a"),
     ):
         page.locator("button[role=tab]:visible", has_text=tab).click()

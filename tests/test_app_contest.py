@@ -117,3 +117,19 @@ def checked(engine: Engine, request: Request, closeness: float) -> Drawn:
     checker.model.concept_embeds_weights.data.fill_(-closeness)
     checker.model.special_care_embeds_weights.data.fill_(2.0)
     return engine.draw(request, lambda share: None)
+
+
+def test_what_the_library_says_of_scores(library: Library, monkeypatch: Any) -> None:
+    """After scoring through the studio: a line a metric, and the same in the table."""
+    from bksdm_tune.app.shelf import row_of, summary
+    from bksdm_tune.app.studio import Studio
+
+    studio = Studio(library.root)
+    monkeypatch.setattr(
+        studio, "_run", lambda words, longest: main([*words, "--prompts", "2", "--images", "1"])
+    )
+    studio.score("rex")
+    model = library.get("rex")
+    dino = f"{model.scores['metrics']['dino']['macro']:.3f}"  # type: ignore[index]
+    assert f"* DINO: **{dino}" in summary(model) and "Protocol pocket;" in summary(model)
+    assert f"<td>{dino}" in row_of(model)

@@ -86,7 +86,8 @@ def build(studio: Studio, backbone: str) -> list[Any]:
         return gr.update(choices=models(studio), value=slug), table_of(studio)
 
     def scored(name: str | None) -> tuple[str, str]:
-        return studio.score(name or "").replace("\n|", "\n\n|", 1), table_of(studio)
+        studio.score(name or "")
+        return summary(studio.library.get(name or "")), table_of(studio)
 
     quiet: dict[str, Any] = {"api_visibility": "private"}
     model.change(told(lambda name: shown(studio, name)), model, [sheet, card], **quiet)
@@ -131,6 +132,15 @@ def row_of(model: Model) -> str:
         score(model, "dino"), score(model, "clip_t"), f"{model.bytes / 1e6:.1f} MB",
     )  # fmt: skip
     return "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in cells) + "</tr>"
+
+
+def summary(model: Model) -> str:
+    """A line a metric; the rest is in the report."""
+    names = {"dino": "DINO", "clip_i": "CLIP-I", "clip_t": "CLIP-T", "pres": "PRES"}
+    lines = [f"* {title}: **{score(model, name)}**" for name, title in names.items()]
+    protocol = (model.scores or {}).get("protocol", {}).get("name", "")
+    where = f"{model.slug}/score/report.html"
+    return "\n".join([*lines, "", f"Protocol {protocol}; pictures and floors in `{where}`."])
 
 
 def score(model: Model, metric: str) -> str:

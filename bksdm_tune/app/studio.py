@@ -143,12 +143,12 @@ class Studio:
                 if job.run == run:
                     self.jobs.forget(job.id)
 
-    def score(self, name: str) -> str:
-        """Score a model over its prompts, into its folder; the table."""
+    def score(self, name: str) -> None:
+        """Score a model over its prompts, into its folder."""
         from bksdm_tune.app.contest import protocol_here
 
         folder = self.library.get(name).folder
-        return self._run(["score", str(folder), "--protocol", protocol_here()], LONGEST_SCORING)
+        self._run(["score", str(folder), "--protocol", protocol_here()], LONGEST_SCORING)
 
     def import_adapter(self, path: Path, title: str, backbone: str, trigger: str) -> str:
         """Put an adapter file of any tool into the library; its slug.
