@@ -20,21 +20,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 
 from bksdm_tune.artifacts import read_manifest
-from bksdm_tune.cli import main as command
 from bksdm_tune.evaluate.results import SCORES, read_results
 from bksdm_tune.evaluate.statistics import bootstrap_mean
 from bksdm_tune.resolve import ADAPTER
-from scripts.selection import SUBJECTS
+from scripts.selection import SUBJECTS, run
 
 TEACHER = "pocket-teacher"
 ARMS = ("on the teacher", "ported", "ported and healed", "trained on the student")
 METRICS = ("dino", "clip_i", "clip_t")
-
-
-def run(words: list[str]) -> None:
-    code = command(words)
-    if code:
-        raise SystemExit(code)
 
 
 def measure(name: str, options: Any) -> None:

@@ -292,13 +292,13 @@ def test_three_hundred_hostile_requests(
         ("backbones", ["/etc"]), ("backbones", [5]), ("backbones", "x"), ("models", None),
     ):  # fmt: skip
         refuses({"prompt": "a {subject}", "model": "rex"} | FEW, kind, names, api_name="/compare")
-    refused += raw_requests(server)
+    refused += raw_requests(server, place)
     assert refused >= 300
     assert listing(place) == before
     assert len(draw(client)) == 1 and client.predict(api_name="/jobs") == []
 
 
-def raw_requests(server: Server) -> int:
+def raw_requests(server: Server, place: Path) -> int:
     """Past the client: paths that were never uploaded, names that climb; how many were refused."""
     count = 0
     stranger = f"http://127.0.0.1:{server.port}/gradio_api/info"
@@ -314,11 +314,12 @@ def raw_requests(server: Server) -> int:
         reply = requests.get(f"{server.url}/gradio_api/file={path}")
         assert reply.status_code in (403, 404, 422, 500) and "root:" not in reply.text
         count += 2
-    for name in ("../../../evil.png", "/tmp/evil-of-bksdm.png", "..\\evil.png", ".hidden"):
+    outside = place.parent / "evil.png"
+    for name in ("../../../evil.png", str(outside), "..\\evil.png", ".hidden"):
         files = {"files": (name, b"x", "image/png")}
         (kept,) = requests.post(f"{server.url}/gradio_api/upload", files=files).json()
         assert "/library/.uploads/" in kept and ".." not in Path(kept).parts
-    assert not Path("/tmp/evil-of-bksdm.png").exists()
+    assert not outside.exists()
     return count
 
 

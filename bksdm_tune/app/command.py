@@ -140,6 +140,6 @@ def serve(config: Config, root: Path) -> None:
 def default() -> str:
     """As ``bksdm-tune dreambooth`` has it."""
     from bksdm_tune.device import best_device
-    from bksdm_tune.dreambooth.job import default_backbone
+    from bksdm_tune.dreambooth.recipes import default_backbone
 
     return default_backbone(best_device())

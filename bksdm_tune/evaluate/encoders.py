@@ -297,7 +297,7 @@ def dino(source: str, device: str) -> Encoder:
 def dino_here(source: str) -> bool:
     """Whether a Hub id, with its @revision, is on this disk."""
     name, _, revision = source.partition("@")
-    return _cached(name, allow_patterns=["config.json"], revision=revision or None)
+    return _cached(name, allow_patterns=["config.json"], revision=revision or None) is not None
 
 
 def open_clip_here(name: str, pretrained: str) -> bool:
@@ -305,17 +305,17 @@ def open_clip_here(name: str, pretrained: str) -> bool:
     import open_clip
 
     repository = open_clip.get_pretrained_cfg(name, pretrained).get("hf_hub", "").rstrip("/")
-    return bool(repository) and _cached(repository)
+    return bool(repository) and _cached(repository) is not None
 
 
-def _cached(name: str, **wanted: Any) -> bool:
+def _cached(name: str, **wanted: Any) -> Path | None:
+    """The snapshot in the Hub cache, without network."""
     from huggingface_hub import snapshot_download
 
     try:
-        snapshot_download(name, **wanted, local_files_only=True)
+        return Path(snapshot_download(name, **wanted, local_files_only=True))
     except OSError:
-        return False
-    return True
+        return None
 
 
 def _hub_model(source: str) -> Path:
@@ -329,10 +329,9 @@ def _hub_model(source: str) -> Path:
         "allow_patterns": ["config.json", "*.safetensors"],
         "revision": revision or None,
     }
-    try:
-        return Path(snapshot_download(name, **wanted, local_files_only=True))
-    except OSError:
-        print(f"Downloading {name} from the Hugging Face Hub.", file=sys.stderr)
+    if (here := _cached(name, **wanted)) is not None:
+        return here
+    print(f"Downloading {name} from the Hugging Face Hub.", file=sys.stderr)
     try:
         return Path(snapshot_download(name, **wanted))
     except Exception as error:  # whichever HTTP library the Hub client uses raises its own
