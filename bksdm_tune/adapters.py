@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft
 from diffusers.utils.state_dict_utils import convert_state_dict_to_peft
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.tuners.lora import Linear as LoraLinear
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
+from bksdm_tune.adapted import lean_forward
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.precision import at_least_single
 
@@ -70,22 +73,30 @@ def inject(
         target_modules=list(targets),
     )
     model.add_adapter(config, adapter_name=ADAPTER_NAME)
+    for layer in injected(model):
+        layer.on, layer.forward = True, partial(lean_forward, layer, ADAPTER_NAME)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = at_least_single(parameter.data)
     return parameters
 
 
+def injected(model: Any) -> list[Any]:
+    """The model's layers that carry an adapter."""
+    return [module for module in model.modules() if isinstance(module, LoraLinear)]
+
+
 @contextmanager
 def switched_off(*models: Any) -> Iterator[None]:
     """The untuned models, for the time of the block."""
-    for model in models:
-        model.disable_adapters()
+    layers = [layer for model in models for layer in injected(model)]
+    for layer in layers:
+        layer.on = False
     try:
         yield
     finally:
-        for model in models:
-            model.enable_adapters()
+        for layer in layers:
+            layer.on = True
 
 
 def _adapter_metadata(prefix: str, model: Any) -> dict[str, Any]:

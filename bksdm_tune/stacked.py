@@ -19,6 +19,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from bksdm_tune.adapted import adapted
 from bksdm_tune.adapters import ADAPTER_NAME
 
 WEIGHTS = "stacked.safetensors"
@@ -39,12 +40,9 @@ class StackedLora(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """(count * n, ..., in) -> (count * n, ..., out), subject after subject."""
-        plain: Tensor = self.base(rows)
         if not self.on:
-            return plain
-        own = rows.reshape(len(self.down), -1, rows.shape[-1]).to(self.down.dtype)
-        update = own @ self.down.transpose(1, 2) @ self.up.transpose(1, 2) * self.scaling
-        return plain + update.view_as(plain).to(plain.dtype)
+            return self.base(rows)
+        return adapted(rows, self.base, self.down, self.up, self.scaling)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,7 @@ def load_unet(job: Job) -> Any:
     """Frozen under a LoRA, so in half precision where mixed; float32 master weights otherwise."""
     half = frozen_dtype(job.config.training.precision, job.device)
     dtype = half if job.config.model.lora else torch.float32
-    unet = load_part(job.parts, "unet", dtype).to(job.device)
+    unet = load_part(job.parts, "unet", dtype).to(job.device, memory_format=torch.channels_last)
     if job.config.training.attention == "xformers":
         unet.enable_xformers_memory_efficient_attention()
     return unet
