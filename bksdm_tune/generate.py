@@ -135,11 +135,11 @@ def main(argv: list[str]) -> int:
     there = next(path for path in (out, *out.absolute().parents) if path.exists())
     if not there.is_dir():  # said before hours of drawing
         raise UsageError(f"--out {out} cannot be a folder: {there} is a file.")
-    from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, save_png, settings_text
+    from bksdm_tune.pipeline import Shot, draw, expand, load_for_drawing, save_png, settings_text
 
     shot = Shot(prompt, config.seed, config.steps, config.guidance, config.negative_prompt)
     shots = expand(shot, config.n)
-    pictures = draw(load_pipeline(model.parts), shots, config.batch_size, model.side)
+    pictures = draw(load_for_drawing(model.parts), shots, config.batch_size, model.side)
     out.mkdir(parents=True, exist_ok=True)
     slug = "".join(c if c.isalnum() else "-" for c in prompt)[:60].strip("-")
     for picture, shot in zip(pictures, shots, strict=True):

@@ -92,6 +92,24 @@ def load_pipeline(parts: Parts, device: str | None = None) -> Any:
     return pipe
 
 
+def load_for_drawing(parts: Parts, device: str | None = None) -> Any:
+    """As ``load_pipeline``, faster: channels last, and the adapter folded into the weights in
+    float32 (float16 would round the sum).
+
+    Raises:
+        DataError: as ``load_pipeline``.
+    """
+    device = device or best_device()
+    if parts.adapter is None or device != "cpu":
+        pipe = load_pipeline(parts, device)
+    else:
+        whole = fit.check(parts.adapter, unet_config(parts))
+        pipe = load_pipeline(replace(parts, adapter=None), device)
+        fold({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, whole, parts.adapter)
+    pipe.unet.to(memory_format=torch.channels_last)
+    return pipe
+
+
 def put_on(pipe: Any, whole: Adapter, adapter: Path, name: str) -> None:
     """Load an adapter, ``whole`` as ``fit.check`` read it from the file ``adapter``, into a
     pipeline of the backbone ``name``: what diffusers reads through its own loader, the rest (LoHa,

@@ -31,7 +31,7 @@ from bksdm_tune.artifacts import write_text_atomic
 from bksdm_tune.cli import main as command
 from bksdm_tune.evaluate.encoders import Encoder, pocket_looks
 from bksdm_tune.evaluate.statistics import bootstrap_mean
-from bksdm_tune.pipeline import Shot, draw, load_pipeline
+from bksdm_tune.pipeline import Shot, draw, load_for_drawing
 from bksdm_tune.resolve import resolve
 from scripts.pocket import probe
 from subjects.catalogue import SUBJECTS
@@ -101,7 +101,7 @@ def untuned(
     backbone: str, scenes: tuple[Shot, ...], plain: tuple[Shot, ...]
 ) -> tuple[list[Image.Image], list[Image.Image]]:
     """Pictures before tuning; subjects of one class share them."""
-    pipe = load_pipeline(resolve(backbone), "cpu")
+    pipe = load_for_drawing(resolve(backbone), "cpu")
     return draw(pipe, scenes, 20), draw(pipe, plain, 24)
 
 
@@ -122,7 +122,7 @@ def evaluate(name: str, options: Any, model: Any, classifier: Any) -> dict[str, 
         code = command(["dreambooth", *flags, *method, "--preview-prompts", "--out", str(out)])
         assert code == 0, (name, prior, code)
         seconds = time.perf_counter() - started
-        after = load_pipeline(resolve(str(out)), "cpu")
+        after = load_for_drawing(resolve(str(out)), "cpu")
         pictures = draw(after, scenes, 20)
         for picture, shot in zip(pictures, scenes, strict=True):
             picture.save(out / f"scene-{shot.seed}.png")
@@ -157,7 +157,7 @@ def overview(options: Any) -> Image.Image:
         shots = [scene_shots(name, options.guidance)[i] for i in OVERVIEW_SCENES]
         folder = options.out / f"{name}-{options.priors[-1]}"
         after = [Image.open(folder / f"scene-{shot.seed}.png") for shot in shots]
-        before = draw(load_pipeline(resolve(options.backbone), "cpu"), shots[:1])
+        before = draw(load_for_drawing(resolve(options.backbone), "cpu"), shots[:1])
         x, y = number % columns * (4 * cell + gap), number // columns * (cell + label)
         pen.text((x, y), name.replace("_", " "), "black", font)
         for place, picture in enumerate([twin_photos(name)[0], *before, *after]):

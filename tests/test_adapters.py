@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 import tiny
+from bksdm_tune.adapted import adapted, folds, lean_forward
 from bksdm_tune.adapters import (
     FILE_NAME,
     Provenance,
@@ -193,6 +196,58 @@ def test_an_adapter_can_be_switched_off_and_comes_back() -> None:
         assert max(difference(predict(unet, encoder), before)) == 0
     assert max(difference(predict(unet, encoder), after)) == 0
     assert len(trained(unet, encoder)) == 134
+
+
+def layer_of(width: int, out: int, rank: int, dropout: float = 0.0) -> Any:
+    model = nn.Sequential(nn.Linear(width, out)).double()
+    config = LoraConfig(r=rank, lora_alpha=3, lora_dropout=dropout, target_modules=["0"])
+    layer = get_peft_model(model, config).base_model.model[0].double()
+    torch.manual_seed(2)
+    randomised([layer.lora_B["default"].weight])
+    layer.on = True
+    return layer
+
+
+def gradients_of(layer: Any, forward: Any) -> list[Tensor]:
+    torch.manual_seed(3)
+    rows = torch.randn(2, 5, layer.in_features, dtype=torch.float64, requires_grad=True)
+    answer = forward(rows)
+    answer.square().sum().backward()
+    tensors = [rows, layer.lora_A["default"].weight, layer.lora_B["default"].weight]
+    found = [answer.detach(), *(tensor.grad.clone() for tensor in tensors)]
+    layer.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize(("width", "out"), [(6, 8), (200, 300)])
+def test_our_forward_is_pefts(width: int, out: int, dropout: float) -> None:
+    layer = layer_of(width, out, 2, dropout)
+    assert folds(layer.base_layer, layer.lora_A["default"].weight) == (width == 6)
+    theirs = gradients_of(layer, functools.partial(type(layer).forward, layer))
+    ours = gradients_of(layer, functools.partial(lean_forward, layer, "default"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize(("width", "out"), [(6, 8), (200, 300)])
+def test_stacked_rows_meet_their_own_adapter(width: int, out: int) -> None:
+    layer = layer_of(width, out, 2)
+    down, up = (side["default"].weight.detach() for side in (layer.lora_A, layer.lora_B))
+    downs, ups = (torch.stack([side, side.flip(0) * 2]) for side in (down, up))
+    rows = torch.randn(4, 5, width, dtype=torch.float64)
+    together = adapted(rows, layer.base_layer, downs, ups, 1.5)
+    alone = [
+        adapted(rows[2 * i : 2 * i + 2], layer.base_layer, downs[i], ups[i], 1.5) for i in (0, 1)
+    ]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=1e-10, atol=1e-12)
+
+
+def test_nothing_is_folded_where_the_sum_would_be_rounded() -> None:
+    layer = layer_of(6, 8, 2)
+    down = layer.lora_A["default"].weight
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not folds(layer.base_layer, down)
+    assert not folds(layer.base_layer.bfloat16(), down)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -11,9 +13,11 @@ from torch import Tensor
 import tiny
 from bksdm_tune.adapters import inject, switched_off
 from bksdm_tune.diffusion import Noising, embed, tokenise, training_scheduler
+from bksdm_tune.dreambooth.ahead import OWN_STREAM, Ahead, Moments, Noised, Predict
 from bksdm_tune.dreambooth.objective import DreamBooth
+from bksdm_tune.loop import seed_for
 
-SCALE, WEIGHT = 0.3, 0.7
+SCALE, WEIGHT, SEED = 0.3, 0.7, 4
 SIZES = ("teacher", "base", "small", "tiny")
 
 
@@ -33,14 +37,27 @@ def embeddings() -> tuple[Tensor, Tensor]:
     return both[:1], both[1:]
 
 
-def frozen_unet(unet: Any) -> Any:
-    kind = embeddings()[1]
+def frozen_unet(unet: Any, kind: Tensor | None = None) -> Any:
+    kind = embeddings()[1] if kind is None else kind
 
     @torch.no_grad()
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         return unet(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
 
     return predict
+
+
+def ahead(noising: Noising, untuned: Predict | None, *subjects: Moments, window: int = 1) -> Ahead:
+    """Micro-batches of the whole data each time."""
+    return Ahead(
+        lambda start: itertools.repeat(list(subjects)),
+        noising,
+        SCALE,
+        SEED,
+        accumulation=2,
+        untuned=untuned,
+        window=window,
+    )
 
 
 class Reference:
@@ -88,18 +105,18 @@ def test_losses(prior: str, size: int, gamma: float | None, prediction_type: str
     objective = DreamBooth(
         unet=unet,
         noising=noising(prediction_type),
-        scaling_factor=SCALE,
         conditions=lambda: [embeddings()],
-        untuned=frozen_unet(untuned) if prior == "prediction" else None,
         prior_weight=WEIGHT,
         min_snr_gamma=gamma,
     )
     others = moments(2 * size, 2) if prior == "images" else None
-    torch.manual_seed(4)
-    losses = objective([(moments(size, 1), others)])
+    old_unet = frozen_unet(untuned) if prior == "prediction" else None
+    losses = objective(
+        next(ahead(noising(prediction_type), old_unet, (moments(size, 1), others))(0))
+    )
 
     reference = Reference(unet, prediction_type, gamma)
-    torch.manual_seed(4)
+    torch.manual_seed(seed_for(SEED, 0, 0, OWN_STREAM))
     parts = moments(size, 1)
     rows = reference.draw(parts if others is None else torch.cat([parts, others]))
     expected = {"instance": mean([reference.error(r, instance, r[2]) for r in rows[:size]])}
@@ -113,6 +130,46 @@ def test_losses(prior: str, size: int, gamma: float | None, prediction_type: str
     assert {name: value.item() for name, value in losses.items()} == pytest.approx(
         expected, rel=2e-4
     )
+
+
+def take(stream: Ahead, start: int, count: int) -> list[list[Noised]]:
+    return list(itertools.islice(stream(start), count))
+
+
+def test_answers_ahead_are_those_of_one_by_one_and_do_not_depend_on_the_start() -> None:
+    untuned = frozen_unet(tiny.make_unet(size="tiny").double(), embeddings()[1].double())
+    kind, cat, dog = noising("epsilon"), *((moments(2, n).double(), None) for n in (1, 2))
+    several = ahead(kind, untuned, cat, dog, window=3)
+    single = take(ahead(kind, untuned, cat, dog), 0, 7)
+    for one, other in zip(take(several, 0, 7), single, strict=True):
+        for a, b in zip(one, other, strict=True):
+            torch.testing.assert_close(astuple(a), astuple(b), rtol=1e-9, atol=1e-12)
+    (alone,) = take(ahead(kind, untuned, dog), 5, 1)
+    torch.testing.assert_close(astuple(alone[0]), astuple(single[5][1]), rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_answered_together_does_not_depend_on_the_start() -> None:
+    """Else the last bits of a resumed run would."""
+    asked = []
+
+    def untuned(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        asked.append(noisy)
+        return noisy
+
+    stream = ahead(noising("epsilon"), untuned, (moments(2, 1), None), window=3)
+    whole = take(stream, 0, 9)
+    for start, window in ((1, 0), (3, 1), (5, 1), (6, 2)):
+        (again,) = take(stream, start, 1)
+        torch.testing.assert_close(astuple(again[0]), astuple(whole[start][0]), rtol=0, atol=0)
+        assert torch.equal(asked[-1], asked[window])
+
+
+def test_noise_differs_between_micro_batches() -> None:
+    rows = [
+        batch[0].noisy
+        for batch in take(ahead(noising("epsilon"), None, (moments(1, 1), None)), 0, 4)
+    ]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(rows, 2))
 
 
 def tuned(size: str, text: bool, checkpointing: bool) -> tuple[Any, Any, dict[str, Any]]:
@@ -152,13 +209,11 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
         with switched_off(unet):
             return unet(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
 
-    objective = DreamBooth(
-        unet, noising("epsilon"), SCALE, conditions, untuned if prior == "prediction" else None
-    )
-    torch.manual_seed(7)
+    objective = DreamBooth(unet, noising("epsilon"), conditions)
     # The mid block of an 8x8 latent attends to its one position: no gradient for q and k.
     batch = (moments(1, 1, side=16), moments(1, 2, side=16) if prior == "images" else None)
-    objective([batch])["loss"].backward()
+    stream = ahead(noising("epsilon"), untuned if prior == "prediction" else None, batch)
+    objective(next(stream(0)))["loss"].backward()
     trained = list(unet.parameters()) + list(encoder.parameters())
     assert len(lora) == sum(parameter.requires_grad for parameter in trained)
     assert all(parameter.dtype == torch.float32 for parameter in lora.values())

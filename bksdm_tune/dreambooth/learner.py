@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,12 @@ from bksdm_tune.diffusion import (
     tokenise,
     training_scheduler,
 )
+from bksdm_tune.dreambooth.ahead import Ahead, Moments, Predict, clean_batches
 from bksdm_tune.dreambooth.job import Job
-from bksdm_tune.dreambooth.objective import Batch, DreamBooth, Predict
-from bksdm_tune.loop import Batches, shuffled
+from bksdm_tune.dreambooth.objective import DreamBooth
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
-from bksdm_tune.precision import frozen_dtype
+from bksdm_tune.precision import autocast, frozen_dtype
 from bksdm_tune.resolve import unet_config
 from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
@@ -44,7 +44,7 @@ class Learner:
     text_encoder: Any | None
     """Only where it trains."""
     objective: DreamBooth
-    batches: Batches
+    batches: Ahead
     trainable: LoraWeights | FullWeights | StackedWeights
     embeds: dict[str, Tensor]
     """Prompt -> (1, tokens, width), from the untuned text encoder."""
@@ -107,21 +107,21 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
         trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
         off = trainable.stack.switched_off
     enable_memory_savers(job, unet, text_encoder)
-    scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     untuned = make_untuned(jobs, before, embeds, contextlib.nullcontext if needs_copy(job) else off)
+    scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
+    noising = Noising(scheduler, config.training.offset_noise)
+    batches = make_batches(job, data, noising, untuned)
     objective = DreamBooth(
         unet=unet,
-        noising=Noising(scheduler, config.training.offset_noise),
-        scaling_factor=scaling_factor(job.parts.root / "vae"),
+        noising=noising,
         conditions=make_conditions(jobs, text_encoder, embeds),
-        untuned=untuned if config.prior.prior == "prediction" else None,
         prior_weight=config.prior.prior_weight,
         min_snr_gamma=config.training.min_snr_gamma,
     )
-    return Learner(unet, text_encoder, objective, make_batches(job, data), trainable, embeds)
+    return Learner(unet, text_encoder, objective, batches, trainable, embeds)
 
 
-def moments(job: Job, others: ClassPictures) -> tuple[Tensor, Tensor | None]:
+def moments(job: Job, others: ClassPictures) -> Moments:
     """Latent moments of a job's photos and of its class images."""
     photos = job.photos.photos
     instance = moments_of(job, [p.path for p in photos], [p.sha256 for p in photos])
@@ -217,16 +217,16 @@ def make_untuned(
     jobs: list[Job], unet: Any, embeds: dict[str, Tensor], off: Callable[[], Any]
 ) -> Predict:
     """eps_0: the frozen copy, or the U-Net under ``off``; each job has an equal share of rows."""
-    dtype = None
+    dtype, precision, device = None, jobs[0].config.training.precision, jobs[0].device
     if needs_copy(jobs[0]):
-        dtype = frozen_dtype(jobs[0].config.training.precision, jobs[0].device)
+        dtype = frozen_dtype(precision, device)
         unet.to(dtype).requires_grad_(False)
     prompts = torch.cat([embeds[job.class_prompt] for job in jobs])
 
     @torch.no_grad()
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         text = prompts.repeat_interleave(len(noisy) // len(prompts), 0)
-        with off():
+        with off(), autocast(precision, device):
             return unet(
                 noisy.to(dtype or noisy.dtype), timesteps, text.to(dtype or text.dtype)
             ).sample
@@ -234,21 +234,25 @@ def make_untuned(
     return predict
 
 
-def make_batches(job: Job, data: list[tuple[Tensor, Tensor | None]]) -> Batches:
-    """A list of batches, one a subject, each in the order it would have alone."""
-    size, seed = job.config.training.batch_size, job.config.training.seed
-    assert size is not None
+def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predict) -> Ahead:
+    training = job.config.training
+    assert training.batch_size is not None
     there = [(a.to(job.device), None if b is None else b.to(job.device)) for a, b in data]
+    predicts = job.config.prior.prior == "prediction"
+    return Ahead(
+        clean=clean_batches(there, training.batch_size, training.seed),
+        noising=noising,
+        scaling_factor=scaling_factor(job.parts.root / "vae"),
+        seed=training.seed,
+        accumulation=training.accumulation,
+        untuned=untuned if predicts else None,
+        window=window(job, len(data) * training.batch_size, there[0][0]) if predicts else 1,
+    )
 
-    def subject(start: int, instance: Tensor, others: Tensor | None) -> Iterator[Batch]:
-        mine = shuffled(len(instance), size, seed)(start)
-        theirs = shuffled(1 if others is None else len(others), size, seed + 1)(start)
-        for a, b in zip(mine, theirs, strict=True):
-            yield instance[a], None if others is None else others[b]
 
-    def batches(start: int) -> Iterator[list[Batch]]:
-        streams = [subject(start, *pair) for pair in there]
-        while True:
-            yield [next(stream) for stream in streams]
-
-    return batches
+def window(job: Job, rows: int, moments: Tensor) -> int:
+    """Micro-batches of ``rows`` whose eps_0 fills the machine in one forward, 16 at most: a CPU has
+    enough to do with the positions of one 64 x 64 latent, an accelerator with eight."""
+    positions = rows * moments.shape[-1] * moments.shape[-2]
+    enough = 64 * 64 * (1 if job.device == "cpu" else 8)
+    return max(1, min(16, enough // positions))

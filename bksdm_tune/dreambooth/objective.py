@@ -15,13 +15,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bksdm_tune.diffusion import Noising, sample_latents
+from bksdm_tune.diffusion import Noising
+from bksdm_tune.dreambooth.ahead import Noised
 from bksdm_tune.precision import at_least_single
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-Batch = tuple[Tensor, Tensor | None]
-Noised = tuple[Tensor, Tensor, Tensor]
-"""Noisy latents NCHW, timesteps (N,), targets NCHW."""
 
 
 @dataclass(frozen=True)
@@ -41,57 +37,35 @@ class Rows:
 
 @dataclass(frozen=True)
 class DreamBooth:
-    """Objective over a batch a subject, of latent moments (N, 2, C, h, w): instance, class images
-    or None.  One subject, or many of a stacked model (bksdm_tune.stacked) in one forward: each has
-    the noise it would have alone, and the loss is their sum, whose gradients do not meet.
+    """Objective over noised pictures, a part a subject.  One subject, or many of a stacked model
+    (bksdm_tune.stacked) in one forward: the loss is their sum, whose gradients do not meet.
 
     ``conditions()`` gives each subject's instance and class prompt embeddings, (1, tokens, width),
-    with gradients if the text encoder trains.  ``untuned(noisy, timesteps)`` is eps_0 under the
-    class prompts, without gradients, for prior prediction; None without.
+    with gradients if the text encoder trains.
     """
 
     unet: Any
     noising: Noising
-    scaling_factor: float
     conditions: Callable[[], list[tuple[Tensor, Tensor]]]
-    untuned: Predict | None = None
     prior_weight: float = 1.0
     min_snr_gamma: float | None = None
 
-    def __call__(self, batch: list[Batch]) -> dict[str, Tensor]:
-        noised = [self.draw(own) for own in batch]
-        sizes = [len(instance) for instance, _ in batch]
-        given = zip(noised, sizes, self.taught(noised), self.conditions(), strict=True)
-        parts = [self.rows(drawn, n, eps, *pair) for drawn, n, eps, pair in given]
+    def __call__(self, batch: list[Noised]) -> dict[str, Tensor]:
+        pairs = zip(batch, self.conditions(), strict=True)
+        parts = [self.rows(part, *prompts) for part, prompts in pairs]
         rows = Rows.together(parts)
         predicted = self.unet(rows.noisy, rows.timesteps, rows.prompts).sample
-        answers = zip(predicted.chunk(len(parts)), parts, sizes, strict=True)
-        losses = [self.weigh(answer, part, n) for answer, part, n in answers]
+        answers = zip(predicted.chunk(len(parts)), parts, batch, strict=True)
+        losses = [self.weigh(answer, own, part.instances) for answer, own, part in answers]
         means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         return means | {"loss": torch.stack([loss["loss"] for loss in losses]).sum()}
 
-    def draw(self, batch: Batch) -> Noised:
-        """Noise a subject's pictures, with the global generator as it was seeded last."""
-        torch.manual_seed(torch.initial_seed())  # starts again from that seed
-        instance, class_images = batch
-        moments = instance if class_images is None else torch.cat([instance, class_images])
-        return self.noising(sample_latents(moments, self.scaling_factor))
-
-    def taught(self, noised: list[Noised]) -> tuple[Tensor | None, ...]:
-        """What eps_0 makes of the pictures, a part a subject."""
-        if self.untuned is None:
-            return (None,) * len(noised)
-        noisy, timesteps = (torch.cat([drawn[i] for drawn in noised]) for i in (0, 1))
-        return self.untuned(noisy, timesteps).chunk(len(noised))
-
-    def rows(
-        self, noised: Noised, n: int, taught: Tensor | None, subject: Tensor, kind: Tensor
-    ) -> Rows:
-        """A subject's ``n`` instances first, then the prior's rows."""
-        noisy, timesteps, target = noised
-        prompts = [subject] * n + [kind] * (len(noisy) - n)
-        if taught is not None:
-            target = torch.cat([target, taught.to(target.dtype)])
+    def rows(self, part: Noised, subject: Tensor, kind: Tensor) -> Rows:
+        """A subject's instances first, then the prior's rows."""
+        noisy, timesteps, target = part.noisy, part.timesteps, part.target
+        prompts = [subject] * part.instances + [kind] * (len(noisy) - part.instances)
+        if part.taught is not None:
+            target = torch.cat([target, part.taught.to(target.dtype)])
             prompts += [kind] * len(noisy)
             noisy, timesteps = noisy.repeat(2, 1, 1, 1), timesteps.repeat(2)
         return Rows(noisy, timesteps, torch.cat(prompts), target)

@@ -14,7 +14,7 @@ from bksdm_tune.artifacts import cached, read_manifest, verify_manifest
 from bksdm_tune.contact_sheet import Row, contact_sheet
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.errors import DataError
-from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_part, load_pipeline, save_png
+from bksdm_tune.pipeline import Shot, assemble, draw, expand, load_for_drawing, load_part, save_png
 from bksdm_tune.precision import autocast
 from subjects.photos import open_photo
 
@@ -49,7 +49,7 @@ def class_images(job: Job) -> tuple[list[Path], list[str]]:
     }
 
     def make(folder: Path) -> None:
-        pipe = load_pipeline(job.parts, job.device)
+        pipe = load_for_drawing(job.parts, job.device)
         size = job.config.training.resolution
         pictures = draw(pipe, shots, batch_size(job), size, "class images")
         for number, (picture, shot) in enumerate(zip(pictures, shots, strict=True)):

@@ -23,7 +23,7 @@ from bksdm_tune.evaluate.metrics import Gaussian
 from bksdm_tune.evaluate.pictures import captions_hash, draw_all, files_of, read_captions
 from bksdm_tune.evaluate.results import Metric, read_results, read_rows, write_results
 from bksdm_tune.evaluate.statistics import block_interval, bootstrap_mean
-from bksdm_tune.pipeline import Shot, load_pipeline
+from bksdm_tune.pipeline import Shot, load_for_drawing
 from bksdm_tune.resolve import Parts, hash_model, resolve
 from bksdm_tune.runs import occupy
 
@@ -110,7 +110,7 @@ def pipeline(parts: Parts, device: str) -> Any:
     """With PNDM, whatever sampler the backbone ships with."""
     from diffusers import PNDMScheduler
 
-    pipe = load_pipeline(parts, device)
+    pipe = load_for_drawing(parts, device)
     pipe.scheduler = PNDMScheduler.from_config(pipe.scheduler.config, skip_prk_steps=True)
     return pipe
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from bksdm_tune.artifacts import cached, locked, write_text_atomic
 from bksdm_tune.evaluate.manifest import ClassPrior, Generated, Reference, Row, write_rows
-from bksdm_tune.pipeline import Shot, draw, load_pipeline, save_png
+from bksdm_tune.pipeline import Shot, draw, load_for_drawing, save_png
 from bksdm_tune.pipeline_folder import native_resolution
 from bksdm_tune.resolve import Parts, hash_model, hash_parts
 from bksdm_tune.runs import occupy
@@ -123,7 +123,7 @@ def draw_missing(
     absent = [order for order in listed if not (out / order.row.path).is_file()]
     if not absent:
         return
-    pipe = load_pipeline(parts, device)
+    pipe = load_for_drawing(parts, device)
     size = CHUNK if (side or native_resolution(parts)) > 128 else 2 * CHUNK
     for start in range(0, len(absent), 4 * size):
         part = absent[start : start + 4 * size]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bksdm_tune.pipeline import Shot, draw, load_pipeline
+from bksdm_tune.pipeline import Shot, draw, load_for_drawing
 from bksdm_tune.resolve import resolve
 from scripts.pocket import pack, probe
 from subjects.illustrated.looks import COLOURS, KINDS
@@ -29,7 +29,7 @@ def run(work: Path) -> None:
     shots = [Shot(text, 10_000 + i, STEPS, GUIDANCE) for i, text in enumerate(texts)]
     judge, rows = probe.load(), {}
     for size in pack.SIZES:
-        pipe = load_pipeline(resolve(f"pocket-{size}"), "cpu")
+        pipe = load_for_drawing(resolve(f"pocket-{size}"), "cpu")
         images = np.stack([np.asarray(i) for i in draw(pipe, shots, 25, title=size)])
         right = (probe.classify(judge, images) == wanted).mean(0)
         rows[size] = dict(zip(probe.HEADS, right.tolist(), strict=True)) | {
