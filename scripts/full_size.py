@@ -24,9 +24,14 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS, student_config
 
-MODELS: dict[str, dict[str, Any]] = {
-    "bk-tiny-v1-512": {"unet": "v1", "prediction": "epsilon", "width": 768, "layers": 12},
-    "bk-tiny-v2-768": {"unet": "v2-768", "prediction": "v_prediction", "width": 1024, "layers": 23},
+V1 = {"teacher": "v1", "prediction": "epsilon", "width": 768, "layers": 12}
+V2 = {"teacher": "v2-768", "prediction": "v_prediction", "width": 1024, "layers": 23}
+SHAPES: dict[str, dict[str, Any]] = {
+    "sd-v1": V1 | {"size": None},
+    "bk-base": V1 | {"size": "base"},
+    "bk-small": V1 | {"size": "small"},
+    "bk-tiny": V1 | {"size": "tiny"},
+    "bk-tiny-v2-768": V2 | {"size": "tiny"},
 }
 
 
@@ -37,9 +42,14 @@ def tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={w: i for i, w in enumerate(words)}, merges=[], model_max_length=77)
 
 
-def write_pipeline(folder: Path, unet: str, prediction: str, width: int, layers: int) -> None:
+def write_pipeline(
+    folder: Path, teacher: str, prediction: str, width: int, layers: int, size: str | None
+) -> None:
     """A random pipeline with the published sizes (the vocabulary is the byte alphabet alone)."""
     torch.manual_seed(0)
+    unet = TEACHER_UNETS[teacher]
+    if size is not None:
+        unet = student_config(unet, PLANS[size])
     text = CLIPTextConfig(
         vocab_size=514, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
         num_attention_heads=width // 64, max_position_embeddings=77, bos_token_id=512,
@@ -58,7 +68,7 @@ def write_pipeline(folder: Path, unet: str, prediction: str, width: int, layers:
         vae=vae,
         text_encoder=CLIPTextModel(text),
         tokenizer=tokenizer(),
-        unet=UNet2DConditionModel(**student_config(TEACHER_UNETS[unet], PLANS["tiny"])),
+        unet=UNet2DConditionModel(**unet),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -69,7 +79,7 @@ def write_pipeline(folder: Path, unet: str, prediction: str, width: int, layers:
 def check(name: str, work: Path, photos: Path) -> dict[str, Any]:
     folder, out = work / name, work / f"{name}-run"
     if not (folder / "model_index.json").exists():
-        write_pipeline(folder, **MODELS[name])
+        write_pipeline(folder, **SHAPES[name])
     command = [sys.executable, "-m", "bksdm_tune", "dreambooth", "--photos", str(photos)]
     command += ["--class-noun", "dog", "--lora", "--backbone", str(folder), "--out", str(out)]
     command += ["--steps", "2", "--prior", "prediction", "--preview-prompts"]
@@ -98,7 +108,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--photos", type=Path, required=True, help="folder with 512 px photos")
-    parser.add_argument("--model", choices=MODELS, nargs="+", default=list(MODELS))
+    parser.add_argument("--model", choices=SHAPES, nargs="+", default=["bk-tiny", "bk-tiny-v2-768"])
     options = parser.parse_args()
     for name in options.model:
         print(json.dumps(check(name, options.work, options.photos)), flush=True)

@@ -1,27 +1,19 @@
-"""Subjects trained together against one by one: seconds a step and subjects an hour, in one run.
-
-    python scripts/benchmark_stack.py --out bench.json [--backbone pocket-base] \\
-        [--sizes 1 5 10 30] [--steps 20] [--repeats 3]
+"""Subjects trained together against one by one: seconds a step, subjects an hour.
 
 The default LoRA recipe of the backbone; models and data are loaded before the clock starts, nothing
-is drawn.  Sizes take turns; the medians make the ratios.
+is drawn.  A step includes its share of what is made ahead.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import torch
 
-from bksdm_tune.artifacts import versions
 from bksdm_tune.device import best_device
 from bksdm_tune.dreambooth.config import Config, Model, Output, Who
 from bksdm_tune.dreambooth.job import Job, prepare
@@ -29,7 +21,14 @@ from bksdm_tune.dreambooth.train import load
 from bksdm_tune.optim import make_all
 from bksdm_tune.precision import autocast
 from bksdm_tune.stacked import clip_each
+from scripts.benchmarks.common import report
 from subjects.catalogue import SUBJECTS
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="pocket-base")
+    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 30])
+    parser.add_argument("--steps", type=int, default=32)
 
 
 def jobs(backbone: str, count: int) -> list[Job]:
@@ -67,47 +66,31 @@ class Stepper:
         return time.perf_counter() - started
 
 
-def measure(options: Any) -> dict[int, float]:
-    """Size -> median seconds a step."""
+def seconds_a_step(options: Any) -> dict[int, float]:
+    """Size -> seconds, the median over the turns of a turn's mean."""
     steppers = {size: Stepper(options.backbone, size) for size in options.sizes}
     seconds: dict[int, list[float]] = {size: [] for size in options.sizes}
     for stepper in steppers.values():
         stepper.step()
     for _ in range(options.repeats):
         for size, stepper in steppers.items():
-            seconds[size] += [stepper.step() for _ in range(options.steps)]
+            turn = [stepper.step() for _ in range(options.steps)]
+            seconds[size].append(statistics.fmean(turn))
     return {size: statistics.median(values) for size, values in seconds.items()}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--backbone", default="pocket-base")
-    parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 30])
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--repeats", type=int, default=3)
-    options = parser.parse_args()
+def measure(options: Any) -> None:
     total = jobs(options.backbone, 1)[0].config.training.steps
     assert total is not None
-    medians = measure(options)
-    report = {
-        "command": " ".join(["python", *sys.argv]),
-        "backbone": options.backbone,
-        "steps_a_subject": total,
-        "seconds_a_step": medians,
-        "milliseconds_a_step_and_subject": {n: 1000 * s / n for n, s in medians.items()},
-        "subjects_an_hour": {n: 3600 * n / (s * total) for n, s in medians.items()},
-        "ratio_to_one_by_one": {n: n * medians[min(medians)] / s for n, s in medians.items()},
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-    }
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
-    print(json.dumps(report, indent=2))
-
-
-if __name__ == "__main__":
-    main()
+    middle = seconds_a_step(options)
+    first = middle[min(middle)]
+    report(
+        options,
+        {
+            "steps_a_subject": total,
+            "seconds_a_step": middle,
+            "milliseconds_a_step_and_subject": {n: 1000 * s / n for n, s in middle.items()},
+            "subjects_an_hour": {n: 3600 * n / (s * total) for n, s in middle.items()},
+            "ratio_to_one_by_one": {n: n * first / s for n, s in middle.items()},
+        },
+    )

@@ -1,0 +1,208 @@
+"""DreamBooth step against diffusers' scripts and the reference's, like for like.
+
+Same backbone, photos, class images (made beforehand, so in nobody's seconds), captions, batch
+1 + 1, resolution, precision, optimiser, learning rate, clipping, prior weight; LoRA: rank and alpha
+4 on to_q, to_k, to_v, to_out.0; text encoder frozen.  ``step_seconds`` is the mean from the 17th
+optimiser step to the last one of the same process; ``seconds`` is the whole process, loading and
+saving included; no side draws pictures.  ``unet_alone`` is the limit at equal arithmetic: forward
+and backward of the U-Net, with that LoRA by PEFT, on one batch in memory, nothing else.
+
+What differs, because it is what is compared: the others encode photos (VAE) and captions (text
+encoder) anew in every step, ours once; order and noise are each one's own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from bksdm_tune.pipeline import load_part
+from bksdm_tune.pipeline_folder import native_resolution
+from bksdm_tune.precision import autocast, choose, frozen_dtype
+from bksdm_tune.resolve import Parts, resolve
+from scripts.benchmarks.common import (
+    Facts,
+    child,
+    device,
+    in_turns,
+    matrix_rate,
+    median_seconds,
+    medians,
+    report,
+)
+from scripts.benchmarks.reference import runnable
+from scripts.full_size import SHAPES, write_pipeline
+
+RANK = 4
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+RATES = {"lora": "1e-4", "full": "5e-6"}
+SCRIPTS = {"lora": "train_dreambooth_lora.py", "full": "train_dreambooth.py"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--diffusers", type=Path, required=True, help="checkout of diffusers")
+    parser.add_argument("--reference", type=Path, help="checkout of BK-SDM, a third side")
+    parser.add_argument("--photos", type=Path, required=True)
+    parser.add_argument("--class-noun", default="dog")
+    parser.add_argument("--method", choices=("lora", "full"), default="lora")
+    parser.add_argument("--backbone", default="pocket-base", help="registry name or folder")
+    parser.add_argument(
+        "--full-size", choices=SHAPES, help="in place of --backbone, random weights"
+    )
+    parser.add_argument("--class-images", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=144)
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+
+
+def ours(options: Any, place: Place, words: tuple[str, ...] = ()) -> list[str]:
+    lora = ["--lora", "--rank", str(RANK), "--alpha", str(RANK), "--targets", *TARGETS]
+    return [
+        "-m", "bksdm_tune", "dreambooth", "--photos", str(place.photos),
+        "--class-noun", options.class_noun, "--backbone", str(place.backbone.root),
+        *(lora if options.method == "lora" else []), "--train-text-encoder", "false",
+        "--prior", "images", "--prior-weight", "1", "--class-images", str(options.class_images),
+        "--batch-size", "1", "--steps", str(options.steps), "--lr-scheduler", "constant",
+        "--learning-rate", RATES[options.method], "--resolution", str(place.resolution),
+        "--precision", place.precision, "--preview-prompts", "--checkpoint-every", "1000000",
+        "--out", str(place.scratch / "ours"), *words,
+    ]  # fmt: skip
+
+
+def diffusers(options: Any, place: Place) -> list[str]:
+    script = options.diffusers.resolve() / "examples/dreambooth" / SCRIPTS[options.method]
+    rank = ["--rank", str(RANK)] if options.method == "lora" else []
+    return [str(script), *rank, *shared(options, place, "diffusers")]
+
+
+def reference(options: Any, place: Place) -> list[str]:
+    targets = f"UNET_TARGET_MODULES = {list(TARGETS)!r}  #"
+    same = ("UNET_TARGET_MODULES = [", f"{targets} [")
+    script = runnable(options.reference.resolve(), "dreambooth_finetune.py", place.scratch, same)
+    lora = ["--use_lora", "--lora_r", str(RANK), "--lora_alpha", str(RANK)]
+    return [
+        str(script), "--unet_path", str(place.backbone.root),
+        *(lora if options.method == "lora" else []), *shared(options, place, "reference"),
+    ]  # fmt: skip
+
+
+def shared(options: Any, place: Place, name: str) -> list[str]:
+    """What both other sides call the same."""
+    return [
+        "--pretrained_model_name_or_path", str(place.backbone.root),
+        "--instance_data_dir", str(place.photos), "--class_data_dir", str(place.class_images),
+        "--with_prior_preservation", "--prior_loss_weight", "1",
+        "--num_class_images", str(options.class_images), "--center_crop",
+        "--instance_prompt", f"a sks11df {options.class_noun}",
+        "--class_prompt", f"a {options.class_noun}", "--train_batch_size", "1",
+        "--max_train_steps", str(options.steps), "--learning_rate", RATES[options.method],
+        "--lr_scheduler", "constant", "--lr_warmup_steps", "0", "--seed", "1234",
+        "--resolution", str(place.resolution), "--mixed_precision", place.precision,
+        "--checkpointing_steps", "1000000", "--output_dir", str(place.scratch / name),
+    ]  # fmt: skip
+
+
+class Place:
+    """Backbone, photos and class images of a comparison, and where it may write."""
+
+    def __init__(self, options: Any, scratch: Path) -> None:
+        self.scratch, self.cache = scratch, scratch / "cache"
+        self.photos = options.photos.resolve()
+        self.class_images = scratch / "class-images"
+        self.precision = choose("auto", device())
+        folder = options.backbone
+        if options.full_size:
+            folder = str(scratch / options.full_size)
+            write_pipeline(Path(folder), **SHAPES[options.full_size])
+        self.backbone: Parts = resolve(folder)
+        self.resolution = native_resolution(self.backbone)
+
+    def run(self, words: list[str]) -> Facts:
+        for name in SIDES:
+            shutil.rmtree(self.scratch / name, ignore_errors=True)
+        return child(words, self.scratch, self.cache)
+
+
+def draw_class_images(options: Any, place: Place) -> None:
+    """By ours, into our cache, and a copy for the others."""
+    brief = argparse.Namespace(**vars(options) | {"steps": 1})
+    place.run(ours(brief, place))
+    pictures = sorted(place.cache.glob("class-images/*/*.png"))
+    assert len(pictures) == options.class_images, pictures
+    place.class_images.mkdir()
+    for picture in pictures:
+        shutil.copy(picture, place.class_images)
+
+
+class Alone:
+    """The arithmetic that both sides share."""
+
+    def __init__(self, options: Any, place: Place) -> None:
+        from peft import LoraConfig
+
+        lora = options.method == "lora"
+        self.precision = place.precision
+        dtype = frozen_dtype(self.precision, device()) if lora else torch.float32
+        self.unet = load_part(place.backbone, "unet", dtype).to(device()).train()
+        if lora:
+            self.unet.requires_grad_(False)
+            self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS)))
+        config, tokens = self.unet.config, load_part(place.backbone, "tokenizer").model_max_length
+        side = config["sample_size"]
+        shape = (2, config["in_channels"], side, side)
+        width = config["cross_attention_dim"]
+        self.inputs = (
+            torch.randn(shape, device=device(), dtype=dtype),
+            torch.randint(0, 1000, (2,), device=device()),
+            torch.randn(2, tokens, width, device=device(), dtype=dtype),
+        )
+
+    def step(self) -> None:
+        with autocast(self.precision, device()):
+            loss = self.unet(*self.inputs).sample.float().square().mean()
+        loss.backward()
+        self.unet.zero_grad(set_to_none=True)
+
+    def flops(self) -> int:
+        with FlopCounterMode(display=False) as counter:
+            self.step()
+        return int(counter.get_total_flops())
+
+
+SIDES = {"ours": ours, "diffusers": diffusers, "reference": reference}
+
+
+def measure(options: Any) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        place = Place(options, Path(folder))
+        if options.dry_run:
+            print(
+                json.dumps({"ours": ours(options, place), "diffusers": diffusers(options, place)})
+            )
+            return
+        draw_class_images(options, place)
+        alone = Alone(options, place)
+        sides: dict[str, Callable[[], Facts]] = {
+            "ours": lambda: place.run(ours(options, place)),
+            "diffusers": lambda: place.run(diffusers(options, place)),
+            "unet_alone": lambda: {"step_seconds": median_seconds(alone.step, 20)},
+        }
+        turns = in_turns(sides, options.repeats)
+    middle = medians(turns)
+    step = {name: facts["step_seconds"] for name, facts in middle.items()}
+    report(
+        options,
+        {
+            "medians": middle,
+            "step_over_ours": {name: value / step["ours"] for name, value in step.items()},
+            "share_of_matrix_rate": alone.flops() / step["ours"] / matrix_rate(),
+            "turns": turns,
+        },
+    )
