@@ -164,6 +164,22 @@ def test_a_lost_cell_is_made_again_to_the_same_bytes(
     ) == before
 
 
+def test_a_lost_score_costs_no_training(swept: Path, parts: Any, tmp_path: Path) -> None:
+    """Nor does a trained member of a stack train again because another one is lost."""
+    out = tmp_path / "copy"
+    shutil.copytree(swept, out)
+    lost, *others = (out / f"cells/{name}-tiny-base-lora-seed1234" for name in TRIO.split(","))
+    shutil.rmtree(lost)
+    (others[0] / "cell.json").unlink()
+    logs = {
+        path: path.stat().st_mtime_ns for path in (folder / "run/log.jsonl" for folder in others)
+    }
+    assert main(words(parts, out, methods="lora,full")) == 0
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    assert json.loads((lost / "cell.json").read_text())["trained_together"] == 1
+    assert len(list(out.glob("cells/*/cell.json"))) == 6
+
+
 def test_a_bad_subject_costs_its_own_cell(parts: Any, tmp_path: Path, capsys: Any) -> None:
     """One of three stacked subjects has a broken photo: the other two are done, it is listed, and
     mended photos are tried again."""
@@ -184,6 +200,8 @@ def test_a_bad_subject_costs_its_own_cell(parts: Any, tmp_path: Path, capsys: An
     (bad / "3.png").write_bytes(whole)
     assert main(command) == 0
     assert "| 3 of 3 |" in capsys.readouterr().out
+    facts = (tmp_path / "out/cells/can-tiny-base-lora-seed1234/cell.json").read_text()
+    assert json.loads(facts)["trained_together"] == 1
 
 
 def test_a_killed_sweep_goes_on(parts: Any, tmp_path: Path) -> None:
@@ -201,6 +219,7 @@ def test_a_killed_sweep_goes_on(parts: Any, tmp_path: Path) -> None:
     process.wait()
     assert main(words(parts, out, steps=60)) == 0
     assert len(list(out.glob("cells/*/cell.json"))) == 3
+    assert len(list(out.glob("stacks/*"))) == 1
 
 
 def test_a_ray_cluster_survives_a_dead_worker(

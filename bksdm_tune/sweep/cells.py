@@ -96,7 +96,7 @@ def cells(config: Config) -> list[Cell]:
 
 
 def tasks(wanted: list[Cell], stack: int) -> Iterator[Task]:
-    """LoRAs of an arm and seed in stacks, full tunings one by one; ``wanted`` are not done yet."""
+    """LoRAs of an arm and seed in stacks, full tunings one by one."""
     groups: dict[tuple[str, int], list[Cell]] = {}
     for cell in wanted:
         groups.setdefault((cell.arm, cell.seed), []).append(cell)

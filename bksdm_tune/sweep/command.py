@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ def main(argv: list[str]) -> int:
         everything = remember(config.out, wanted)
         save_toml(config.out / CONFIG, config)
         run(config, wanted)
-        failed = [cell for cell in wanted if not cell.done(config.out)]
+        failed = undone(wanted, config.out)
         from bksdm_tune.sweep.table import write_tables
 
         print(write_tables(config.out, everything))
@@ -103,14 +104,13 @@ def remember(out: Path, wanted: list[Cell]) -> list[Cell]:
 
 
 def run(config: Config, wanted: list[Cell]) -> None:
-    """Do what is not done; of a stack that failed, each cell again by itself."""
+    """Do what is not done, in the same stacks as before; of one that failed, each cell alone."""
     from tqdm import tqdm
 
     from bksdm_tune.sweep.engines import ENGINES
 
-    undone = [cell for cell in wanted if not cell.done(config.out)]
-    left: list[Task] = list(tasks(undone, config.stack))
-    done = sum(cell.done(config.out) for cell in wanted)
+    left = [task for task in tasks(wanted, config.stack) if undone(task, config.out)]
+    done = len(wanted) - len(undone(wanted, config.out))
     engine = ENGINES[config.engine]
     with tqdm(total=len(wanted), initial=done, desc="cells", unit="cell", disable=None) as bar:
         while left:
@@ -118,8 +118,12 @@ def run(config: Config, wanted: list[Cell]) -> None:
             for task, ok in engine(left, config.out, config.workers):
                 bar.update(sum(cell.done(config.out) for cell in wanted) - bar.n)
                 if not ok and len(task) > 1:
-                    again += [(cell,) for cell in task if not cell.done(config.out)]
+                    again += [(cell,) for cell in undone(task, config.out)]
             left = again
+
+
+def undone(cells: Iterable[Cell], out: Path) -> list[Cell]:
+    return [cell for cell in cells if not cell.done(out)]
 
 
 def failures(failed: list[Cell], out: Path) -> str:

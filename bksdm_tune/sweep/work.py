@@ -93,19 +93,26 @@ def job_of(config: Config, out: Path, cell: Cell) -> Any:
 
 
 def train(config: Config, out: Path, task: Task) -> None:
-    """What of the task is not trained; a stack keeps its members, finished or not."""
-    from bksdm_tune.dreambooth.together import train_together
+    """What of the task is not trained; a stack that is under way keeps its members."""
+    from bksdm_tune.checkpoints import list_checkpoints
+    from bksdm_tune.dreambooth.together import finished, train_together
     from bksdm_tune.dreambooth.train import train as train_alone
 
-    jobs = [job_of(config, out, cell) for cell in task]
+    jobs = {cell: job_of(config, out, cell) for cell in task}
+    if not list_checkpoints(stack_folder(out, list(jobs))):
+        jobs = {cell: job for cell, job in jobs.items() if not finished(job)}
     if len(jobs) == 1:
-        train_alone(jobs[0])
-    else:
-        key = content_key([cell.name for cell in task])[:16]
-        train_together(jobs, out / "stacks" / key)
-    for job in jobs:
-        for path in job.folder.glob("checkpoint-*"):
+        train_alone(*jobs.values())
+    elif jobs:
+        train_together(list(jobs.values()), stack_folder(out, list(jobs)))
+    for cell in task:
+        for path in (cell.folder(out) / "run").glob("checkpoint-*"):
             shutil.rmtree(path)
+
+
+def stack_folder(out: Path, cells: list[Cell]) -> Path:
+    """Of the common loop of these cells."""
+    return out / "stacks" / content_key([cell.name for cell in cells])[:16]
 
 
 def finish(config: Config, out: Path, cell: Cell, judges: list[Any]) -> None:

@@ -14,6 +14,7 @@ encoder) anew in every step, ours once; order and noise are each one's own.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import tempfile
@@ -62,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
 
 
-def ours(options: Any, place: Place, words: tuple[str, ...] = ()) -> list[str]:
+def ours(options: Any, place: Place) -> list[str]:
     lora = ["--lora", "--rank", str(RANK), "--alpha", str(RANK), "--targets", *TARGETS]
     return [
         "-m", "bksdm_tune", "dreambooth", "--photos", str(place.photos),
@@ -72,7 +73,7 @@ def ours(options: Any, place: Place, words: tuple[str, ...] = ()) -> list[str]:
         "--batch-size", "1", "--steps", str(options.steps), "--lr-scheduler", "constant",
         "--learning-rate", RATES[options.method], "--resolution", str(place.resolution),
         "--precision", place.precision, "--preview-prompts", "--checkpoint-every", "1000000",
-        "--out", str(place.scratch / "ours"), *words,
+        "--out", str(place.scratch / "ours"),
     ]  # fmt: skip
 
 
@@ -182,18 +183,17 @@ SIDES = {"ours": ours, "diffusers": diffusers, "reference": reference}
 def measure(options: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Place(options, Path(folder))
+        asked = [name for name in SIDES if name != "reference" or options.reference]
+        commands = {name: SIDES[name](options, place) for name in asked}
         if options.dry_run:
-            print(
-                json.dumps({"ours": ours(options, place), "diffusers": diffusers(options, place)})
-            )
+            print(json.dumps(commands, indent=1))
             return
         draw_class_images(options, place)
         alone = Alone(options, place)
         sides: dict[str, Callable[[], Facts]] = {
-            "ours": lambda: place.run(ours(options, place)),
-            "diffusers": lambda: place.run(diffusers(options, place)),
-            "unet_alone": lambda: {"step_seconds": median_seconds(alone.step, 20)},
+            name: functools.partial(place.run, words) for name, words in commands.items()
         }
+        sides["unet_alone"] = lambda: {"step_seconds": median_seconds(alone.step, 20)}
         turns = in_turns(sides, options.repeats)
     middle = medians(turns)
     step = {name: facts["step_seconds"] for name, facts in middle.items()}

@@ -2,7 +2,7 @@
 
 Nothing that costs time is touched: accelerate moved ``logging_dir``, huggingface_hub dropped
 ``Repository``, PEFT turned ``LoraModel``'s arguments round and dropped a way to print its config,
-and a tracker that is not there (wandb, never used) has become an error.
+and a tracker that is not there (wandb, never used), or a GPU's counter, has become an error.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MENDED = {
         ("import HfFolder, Repository, whoami", "import whoami"),
         ("LoraModel(config, unet)", 'LoraModel(unet, config, "default")'),
         ("LoraModel(config, text_encoder)", 'LoraModel(text_encoder, config, "default")'),
+        ("torch.cuda.reset_max_memory_allocated()", "pass"),
         ("unet.get_peft_config_as_dict(inference=True)", "{}"),
         ("text_encoder.get_peft_config_as_dict(inference=True)", "{}"),
     ),

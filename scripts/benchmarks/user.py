@@ -35,6 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--diffusers", type=Path, required=True, help="checkout of diffusers")
     parser.add_argument("--subjects", nargs="+", default=["dog", "backpack_dog", "vase", "cat"])
     parser.add_argument("--backbone", default="pocket-base")
+    parser.set_defaults(repeats=1)
 
 
 def ours(options: Any, name: str, scratch: Path) -> Facts:
@@ -105,10 +106,10 @@ def measure(options: Any) -> None:
                 arm: functools.partial(theirs, options, name, scratch, settings, arm)
                 for arm, settings in arms.items()
             }
-            subjects[name] = in_turns(sides, 1)
+            subjects[name] = in_turns(sides, options.repeats)
     means = {
         arm: {
-            key: statistics.fmean(subjects[name][arm][0][key] for name in subjects)
+            key: statistics.fmean(facts[key] for turns in subjects.values() for facts in turns[arm])
             for key in ("seconds", *METRICS)
         }
         for arm in ("ours", "documented", "with ours")
