@@ -20,7 +20,9 @@ side path also reads and writes all rows several times (measured on pocket-base,
 def folds(base: nn.Linear, down: Tensor) -> bool:
     """Never in mixed precision, whose sum would round the update away."""
     out, width = base.weight.shape
-    if base.weight.dtype != down.dtype or torch.is_autocast_enabled(down.device.type):
+    kind = down.device.type
+    mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    if mixed or base.weight.dtype != down.dtype:
         return False
     return out * width <= FOLD_UP_TO * down.shape[-2] * (out + width)
 

@@ -1,10 +1,11 @@
-"""Peak memory of this process: of the accelerator where there is one, else of the machine."""
+"""Memory: of the accelerator where there is one, else of the machine."""
 
 from __future__ import annotations
 
 import resource
 import sys
 
+import psutil
 import torch
 
 
@@ -13,6 +14,13 @@ def forget_peak(device: str) -> None:
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+
+
+def free_bytes(device: str) -> int:
+    """What can be had now."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def peak_memory_gb(device: str) -> float:

@@ -11,9 +11,12 @@ def main(argv: list[str]) -> int:
     from bksdm_tune.device import best_device
     from bksdm_tune.dreambooth import job as jobs
     from bksdm_tune.dreambooth import train
+    from bksdm_tune.dreambooth.saving import settle
 
-    job = jobs.prepare(config, best_device())
+    job, saved = settle(jobs.prepare(config, best_device()))
     print(jobs.describe(job), flush=True)
+    if saved:
+        print(saved, flush=True)
     if config.output.dry_run:
         print(train.dry_run(job))
         return 0

@@ -121,6 +121,9 @@ class Training:
     """Mixed precision; auto is bf16 on an accelerator that has it, else fp16, and no on a CPU."""
     gradient_checkpointing: bool = False
     """Less memory, about a third more time."""
+    memory: Literal["auto", "as-asked"] = "auto"
+    """auto: where the run would not fit into the free memory, gradient checkpointing is switched
+    on, and then, for a full run on a GPU, the 8-bit optimiser taken."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
     """Attention backend."""
     train_text_encoder: Annotated[bool | None, SWITCH] = None

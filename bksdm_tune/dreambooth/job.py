@@ -128,6 +128,12 @@ def prepare(config: Config, device: str) -> Job:
     )
 
 
+def with_training(job: Job, **changes: Any) -> Job:
+    """The job with other training flags."""
+    config = replace(job.config, training=replace(job.config.training, **changes))
+    return replace(job, config=config, facts=job.facts | {"config": _identity(config)})
+
+
 def held_apart(found: PhotoSet, count: int) -> tuple[PhotoSet, PhotoSet]:
     """The photos to learn from, and the last ``count``.
 
@@ -169,6 +175,8 @@ def _identity(config: Config) -> dict[str, Any]:
     """The config without what may change between a run and its resumption."""
     facts = without_steps(json.loads(json.dumps(asdict(config), default=str)))
     facts.pop("output")
+    for saving in ("memory", "gradient_checkpointing"):
+        facts["training"].pop(saving)
     for place in ("data_root", "photos"):  # the photos' hashes stand for where they lie
         facts["who"].pop(place)
     return facts
