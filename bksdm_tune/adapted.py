@@ -17,12 +17,15 @@ FOLD_UP_TO = 8
 side path also reads and writes all rows several times (measured on pocket-base, two CPU cores)."""
 
 
-def folds(base: nn.Linear, down: Tensor) -> bool:
-    """Never in mixed precision, whose sum would round the update away."""
+def folds(base: nn.Linear, down: Tensor, rows: Tensor) -> bool:
+    """Never in mixed precision, whose sum would round the update away, nor where the sums of a
+    stack are more than the rows."""
     out, width = base.weight.shape
     kind = down.device.type
     mixed = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     if mixed or base.weight.dtype != down.dtype:
+        return False
+    if down.dim() == 3 and len(down) * out * width > rows.numel():
         return False
     return out * width <= FOLD_UP_TO * down.shape[-2] * (out + width)
 
@@ -34,14 +37,15 @@ def adapted(rows: Tensor, base: nn.Linear, down: Tensor, up: Tensor, scaling: fl
     whose rows then follow one another, equally many each.
     """
     stacked = down.dim() == 3
-    if folds(base, down):
+    if folds(base, down, rows):
         weight = torch.add(base.weight, up @ down, alpha=scaling)
         if not stacked:
             return F.linear(rows, weight, base.bias)
         answer = rows.reshape(len(down), -1, rows.shape[-1]) @ weight.mT
         answer = answer.view(*rows.shape[:-1], -1)
         return answer if base.bias is None else answer + base.bias
-    return base(rows) + side_path(rows, down, up, scaling).to(base.weight.dtype)
+    plain = base(rows)
+    return plain + side_path(rows, down, up, scaling).to(plain.dtype)
 
 
 def side_path(rows: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:

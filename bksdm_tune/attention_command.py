@@ -42,14 +42,14 @@ def main(argv: list[str]) -> int:
     from bksdm_tune.contact_sheet import Row, contact_sheet
     from bksdm_tune.generate import Config as Drawing
     from bksdm_tune.generate import fill_subject, find_model
-    from bksdm_tune.pipeline import Shot, load_pipeline
+    from bksdm_tune.pipeline import Shot, load_for_drawing
 
     found = [find_model(Drawing(name, config.prompt)) for name in config.models]
     prompts = [fill_subject(config.prompt, model.trigger) for model in found]  # before loading
     rows = []
     for name, model, prompt in zip(config.models, found, prompts, strict=True):
         shot = Shot(prompt, config.seed, config.steps, config.guidance)
-        maps = attention_maps(load_pipeline(model.parts), shot, model.side)
+        maps = attention_maps(load_for_drawing(model.parts), shot, model.side)
         overlays = [maps.overlay(i) for i in range(len(maps.words))]
         rows.append(Row(name, [maps.picture, *overlays], (prompt, *maps.words)))
     config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,12 @@ from bksdm_tune.optim import EMA
 from bksdm_tune.precision import autocast
 
 
+def finish_queued() -> None:
+    """Wait for what a GPU was told to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 def step_seconds(
     objective: Objective,
     batch: Any,
@@ -39,7 +45,6 @@ def step_seconds(
         optimiser.zero_grad(set_to_none=True)
         if ema is not None:
             ema.update()
-        if device.startswith("cuda"):
-            torch.cuda.synchronize()
+        finish_queued()
         seconds = time.perf_counter() - started
     return seconds

@@ -223,7 +223,8 @@ def gradients_of(layer: Any, forward: Any) -> list[Tensor]:
 @pytest.mark.parametrize(("width", "out"), [(6, 8), (200, 300)])
 def test_our_forward_is_pefts(width: int, out: int, dropout: float) -> None:
     layer = layer_of(width, out, 2, dropout)
-    assert folds(layer.base_layer, layer.lora_A["default"].weight) == (width == 6)
+    rows = torch.ones(100, width)
+    assert folds(layer.base_layer, layer.lora_A["default"].weight, rows) == (width == 6)
     theirs = gradients_of(layer, functools.partial(type(layer).forward, layer))
     ours = gradients_of(layer, functools.partial(lean_forward, layer, "default"))
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
@@ -243,11 +244,24 @@ def test_stacked_rows_meet_their_own_adapter(width: int, out: int) -> None:
 
 
 def test_nothing_is_folded_where_the_sum_would_be_rounded() -> None:
-    layer = layer_of(6, 8, 2)
+    layer, rows = layer_of(6, 8, 2), torch.ones(100, 6)
     down = layer.lora_A["default"].weight
     with torch.autocast("cpu", torch.bfloat16):
-        assert not folds(layer.base_layer, down)
-    assert not folds(layer.base_layer.bfloat16(), down)
+        assert not folds(layer.base_layer, down, rows)
+    assert not folds(layer.base_layer.bfloat16(), down, rows)
+    assert not folds(layer.base_layer, down.expand(99, -1, -1), rows)
+
+
+@pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])
+def test_mixed_precision_is_pefts_too(base: torch.dtype) -> None:
+    layer = layer_of(6, 8, 2).float()
+    layer.base_layer.to(base)
+    rows = torch.randn(5, 6)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        theirs = type(layer).forward(layer, rows)
+        ours = lean_forward(layer, "default", rows)
+    assert ours.dtype == theirs.dtype
+    torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -13,7 +13,7 @@ import tiny
 from bksdm_tune.adapters import inject
 from bksdm_tune.cli import main
 from bksdm_tune.dreambooth import saving
-from bksdm_tune.dreambooth.config import Config, Model, Output, Training, Who
+from bksdm_tune.dreambooth.config import Config, Model, Output, PriorPreservation, Training, Who
 from bksdm_tune.dreambooth.job import Job, prepare, with_training
 from bksdm_tune.errors import UsageError
 from bksdm_tune.kept import Count, count
@@ -30,6 +30,7 @@ def job_of(backbone: Path, out: Path, lora: bool = False, **training: Any) -> Jo
         Config(
             Who("dog"),
             Model(str(backbone), lora=lora),
+            prior=PriorPreservation("none"),
             training=Training(**training),
             output=Output(out),
         ),

@@ -28,7 +28,7 @@ from bksdm_tune.device import best_device
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.generate import fill_subject
 from bksdm_tune.lora import fit
-from bksdm_tune.pipeline import Shot, draw, expand, load_pipeline, put_on
+from bksdm_tune.pipeline import Shot, draw, expand, load_for_drawing, put_on
 from bksdm_tune.resolve import INDEX, Parts, resolve, tuned_from
 
 KEPT = 2  # pipelines in memory
@@ -156,7 +156,7 @@ class Engine:
             old, _ = self.pipes.popitem(last=False)
             self.worn.pop(old, None)
         if pipe is None:
-            pipe = load_pipeline(replace(parts, adapter=None), self.device)
+            pipe = load_for_drawing(replace(parts, adapter=None), self.device)
             self.worn.pop(key, None)
         self.pipes[key] = pipe
         wanted = None if parts.adapter is None else sha256_file(parts.adapter)

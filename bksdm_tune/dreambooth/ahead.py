@@ -105,3 +105,11 @@ def clean_batches(data: list[Moments], size: int, seed: int) -> Clean:
             yield [next(stream) for stream in streams]
 
     return batches
+
+
+def window(device: str, rows: int, side: int) -> int:
+    """Micro-batches of ``rows`` latents ``side`` squared whose eps_0 fills the machine in one
+    forward, 16 at most: a CPU has enough to do with one 64 x 64 latent, an accelerator with
+    eight."""
+    enough = 64 * 64 * (1 if device == "cpu" else 8)
+    return max(1, min(16, enough // (rows * side * side)))

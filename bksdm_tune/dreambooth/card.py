@@ -114,6 +114,7 @@ def selection_of(found: dict[str, Any] | None) -> str:
     if found is None:
         return ""
     return (
-        f"Step {found['delivered']} is what is here; the best of the scored steps was "
-        f"{found['best']} (`scores.jsonl`).\n\n![DINO against CLIP-T](scores.png)\n\n"
+        f"Step {found['delivered']} of {found['taken']} taken is what is here; the best of the "
+        f"scored steps was {found['best']} (`scores.jsonl`).\n\n"
+        "![DINO against CLIP-T](scores.png)\n\n"
     )

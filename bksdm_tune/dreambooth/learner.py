@@ -24,7 +24,7 @@ from bksdm_tune.diffusion import (
     tokenise,
     training_scheduler,
 )
-from bksdm_tune.dreambooth.ahead import Ahead, Moments, Predict, clean_batches
+from bksdm_tune.dreambooth.ahead import Ahead, Moments, Predict, clean_batches, window
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.objective import DreamBooth
 from bksdm_tune.pipeline import load_part
@@ -238,7 +238,7 @@ def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predi
     training = job.config.training
     assert training.batch_size is not None
     there = [(a.to(job.device), None if b is None else b.to(job.device)) for a, b in data]
-    predicts = job.config.prior.prior == "prediction"
+    predicts, side = job.config.prior.prior == "prediction", there[0][0].shape[-1]
     return Ahead(
         clean=clean_batches(there, training.batch_size, training.seed),
         noising=noising,
@@ -246,13 +246,5 @@ def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predi
         seed=training.seed,
         accumulation=training.accumulation,
         untuned=untuned if predicts else None,
-        window=window(job, len(data) * training.batch_size, there[0][0]) if predicts else 1,
+        window=window(job.device, len(data) * training.batch_size, side) if predicts else 1,
     )
-
-
-def window(job: Job, rows: int, moments: Tensor) -> int:
-    """Micro-batches of ``rows`` whose eps_0 fills the machine in one forward, 16 at most: a CPU has
-    enough to do with the positions of one 64 x 64 latent, an accelerator with eight."""
-    positions = rows * moments.shape[-1] * moments.shape[-2]
-    enough = 64 * 64 * (1 if job.device == "cpu" else 8)
-    return max(1, min(16, enough // positions))

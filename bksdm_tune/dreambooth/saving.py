@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 
 from bksdm_tune import adapters
 from bksdm_tune.artifacts import IDENTITY
+from bksdm_tune.dreambooth.ahead import window
 from bksdm_tune.dreambooth.job import Job, with_training
 from bksdm_tune.errors import UsageError
 from bksdm_tune.kept import Count, count
@@ -54,6 +55,8 @@ class Need:
     """eps_0 is a frozen copy."""
     ema: bool
     kept: Count
+    ahead: float
+    """Rows of eps_0 in one forward, which keeps nothing, to a row of training."""
 
     def bytes(self, checkpointing: bool, optimiser: str) -> float:
         small = 2 if self.half else 4
@@ -61,7 +64,8 @@ class Need:
         frozen += self.weights * small * self.copied
         moments = {"adamw8bit": 2, "adafactor": 0.1}.get(optimiser, 8)
         own = self.trained * (4 * (not self.full) + 4 + moments + 4 * self.ema)
-        kept = self.kept.bytes(checkpointing) * (1.3 if self.half else 1)  # norms stay in float32
+        kept = max(self.kept.bytes(checkpointing), self.kept.largest * self.ahead)
+        kept *= 1.3 if self.half else 1  # norms stay in float32
         return frozen + own + self.text + kept + WORKSPACE
 
 
@@ -94,6 +98,9 @@ def need(job: Job) -> Need:
         copied=full and config.prior.prior == "prediction",
         ema=training.ema is not None,
         kept=kept,
+        ahead=window(job.device, training.batch_size, side) * training.batch_size / rows
+        if config.prior.prior == "prediction"
+        else 0,
     )
 
 

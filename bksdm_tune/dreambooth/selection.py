@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import shutil
 from dataclasses import asdict
 from typing import Any
 
 from bksdm_tune.artifacts import atomic_folder, write_text_atomic
+from bksdm_tune.checkpoints import list_checkpoints
 from bksdm_tune.dreambooth import pictures
 from bksdm_tune.dreambooth.job import Job, subject_name
 from bksdm_tune.dreambooth.learner import Learner
@@ -52,7 +54,7 @@ class Selection:
         unet, text, embeds = self.learner.unet, self.learner.text_encoder, self.learner.embeds
         drawn = pictures.draw_now(self.job, shots, unet, text, embeds, f"scoring step {step}")
         point = self.watch.score(step, drawn)
-        if self.job.config.output.keep_best and point.better_than(best(self.points)):
+        if self.job.config.output.keep_best and best([*self.points, point]) is point:
             shutil.rmtree(self.job.folder / BEST, ignore_errors=True)
             with atomic_folder(self.job.folder / BEST) as scratch:
                 self.learner.trainable.save(scratch)
@@ -68,11 +70,12 @@ class Selection:
 
 
 def best(points: list[Point]) -> Point | None:
-    """Each is held against the best before it (Point.better_than)."""
-    chosen = None
+    """The best so far gives way to a point that is more like the photos, and whose CLIP-T is below
+    no earlier best's 95 % interval: so the words are not lost by small steps."""
+    chosen, least = None, -math.inf
     for point in points:
-        if point.better_than(chosen):
-            chosen = point
+        if chosen is None or (point.dino > chosen.dino and point.clip_t >= least):
+            chosen, least = point, max(least, point.clip_t_ci95[0])
     return chosen
 
 
@@ -83,4 +86,14 @@ def read_selection(job: Job) -> dict[str, Any] | None:
     if chosen is None:
         return None
     kept = chosen.step if job.config.output.keep_best else points[-1].step
-    return {"scored": [point.step for point in points], "best": chosen.step, "delivered": kept}
+    return {
+        "scored": [point.step for point in points],
+        "best": chosen.step,
+        "delivered": kept,
+        "taken": last_step(job),
+    }
+
+
+def last_step(job: Job) -> int:
+    """Optimiser steps taken, fewer than asked for where --patience ended it."""
+    return max((step for step, _ in list_checkpoints(job.folder)), default=0)

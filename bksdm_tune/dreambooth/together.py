@@ -18,6 +18,7 @@ from bksdm_tune.dreambooth.train import draw_preview, finish, load
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Event, LoopSettings, fit
 from bksdm_tune.optim import make_all
+from bksdm_tune.precision import choose
 from bksdm_tune.runs import claim, occupy, seconds_before
 from bksdm_tune.stacked import StackedWeights, clip_each
 from bksdm_tune.trainables import LoraWeights
@@ -50,6 +51,14 @@ def train_together(jobs: list[Job], folder: Path) -> None:
 
 def check_alike(jobs: list[Job]) -> None:
     first = jobs[0].config
+    training, output = first.training, first.output
+    if training.optimiser != "adamw" or choose(training.precision, jobs[0].device) == "fp16":
+        raise UsageError(
+            "Subjects are trained together with --optimiser adamw, not in fp16: other optimisers "
+            "and fp16's common scale would make each depend on the others."
+        )
+    if output.score_every:
+        raise UsageError("Subjects trained together are not scored on the way; score each run.")
     for job in jobs:
         config = job.config
         if not config.model.lora or config.lora.dropout:

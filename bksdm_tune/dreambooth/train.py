@@ -25,7 +25,7 @@ from bksdm_tune.precision import choose
 from bksdm_tune.resolve import unet_config
 from bksdm_tune.runs import claim, look, seconds_before
 from bksdm_tune.trainables import FullWeights
-from bksdm_tune.trial import step_seconds
+from bksdm_tune.trial import finish_queued, step_seconds
 
 
 def train(job: Job) -> bool:
@@ -158,8 +158,10 @@ def timed_batch(learner: Learner) -> tuple[list[Noised], float]:
     stream, window = learner.batches(0), learner.batches.window
     for _ in range(window):
         batch = next(stream)  # warms up
+    finish_queued()
     started = time.perf_counter()
     batch = next(stream)  # the first of a window does the work for all of it
+    finish_queued()
     return batch, (time.perf_counter() - started) / window
 
 

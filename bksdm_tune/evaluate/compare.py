@@ -14,7 +14,7 @@ from tyro.conf import Positional
 from bksdm_tune.config import parse
 from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import subject_scores
-from bksdm_tune.evaluate.results import IMAGES, SUBJECTS, read_results, read_rows
+from bksdm_tune.evaluate.results import IMAGES, POCKET_NOTE, SUBJECTS, read_results, read_rows
 from bksdm_tune.evaluate.statistics import bootstrap_cells, bootstrap_mean, holm, sign_flip
 from bksdm_tune.evaluate.subject_scores import MEASURES, Table
 
@@ -123,20 +123,24 @@ def compare_subjects(
     tables = [table_of(path) for path in paths]
     check_same_pictures(*tables)
     first, second = (_by_key(table) for table in tables)
+    networks = {result["protocol"].get("lpips") for result in results}
     for name, measure in MEASURES.items():
+        if name == "div" and len(networks) > 1:
+            continue
         rows = differences_of(first, second, name)
         if not rows:
             continue
         cells = subject_scores.cells(rows, name)
         p = sign_flip(cells.by_subject())
         report[name] = {
-            "a": results[0]["metrics"][name]["macro"],
-            "b": results[1]["metrics"][name]["macro"],
+            "a": subject_scores.macro([first[_key(row)] for row in rows], name),
+            "b": subject_scores.macro([second[_key(row)] for row in rows], name),
             "difference": float(cells.by_subject().mean()),
             "ci95": bootstrap_cells(cells),
             "p": p,
             "p_holm": None,
             "pairs": len(rows),
+            "of": max(len(subject_scores.rows_of(table, name)) for table in tables),
             "subjects": len(cells.values),
             "better": measure.better,
         }
@@ -179,7 +183,11 @@ def check_same_pictures(a: Table, b: Table) -> None:
 
 
 def _by_key(rows: Table) -> dict[tuple[Any, ...], dict[str, Any]]:
-    return {tuple(row[name] for name in KEY): row for row in rows if row["role"] != "reference"}
+    return {_key(row): row for row in rows if row["role"] != "reference"}
+
+
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in KEY)
 
 
 def differences_of(
@@ -200,6 +208,7 @@ def main(argv: list[str]) -> int:
     if config.json:
         print(json.dumps(report, indent=2, sort_keys=True))
         return 0
+    print(protocol_line(config.a))
     print("| metric | A | B | B - A | 95 % interval | p (Holm) | better |")
     print("|---|---|---|---|---|---|---|")
     for name, entry in report.items():
@@ -208,4 +217,15 @@ def main(argv: list[str]) -> int:
         cells = [f"{entry['a']:.4g}", f"{entry['b']:.4g}", f"{entry['difference']:+.4g}", bounds]
         cells.append("" if p is None else f"{p:.3g}")
         print(f"| {name} | {' | '.join(cells)} | {entry['better']} |")
+    for name, entry in report.items():
+        if entry.get("pairs", 0) < entry.get("of", 0):
+            print(f"{name}: {entry['pairs']} of {entry['of']} pictures are in both.")
+        if "reason" in entry:
+            print(f"{name}: no interval, {entry['reason']}.")
     return 0
+
+
+def protocol_line(path: Path) -> str:
+    name = read_results(path)["protocol"].get("name")
+    note = f" {POCKET_NOTE}" if name == "pocket" else ""
+    return f"Protocol {name}.{note}" if name else ""

@@ -152,8 +152,9 @@ def _clip_model(
     from transformers import AutoTokenizer, CLIPModel
 
     try:
-        model = CLIPModel.from_pretrained(folder).float().eval().to(device)
+        model = _whole(CLIPModel, folder).to(device)
         tokenizer = AutoTokenizer.from_pretrained(folder)
+        clip_texts(model, tokenizer, ["a dog"])
     except Exception as error:
         raise DataError(
             f"{folder} cannot be loaded as a CLIP with its tokenizer: {error}"
@@ -167,6 +168,19 @@ def _clip_model(
         lambda batch: clip_images(model, _normalised(batch, *norms)),
         lambda texts: clip_texts(model, tokenizer, texts),
     )
+
+
+def _whole(kind: Any, folder: Path) -> Any:
+    """A model with all weights that count, in float32.
+
+    Raises:
+        ValueError: some would be random numbers; transformers only warns.
+    """
+    model, told = kind.from_pretrained(folder, output_loading_info=True)
+    lacking = sorted(key for key in told["missing_keys"] if "pooler" not in key)
+    if lacking:
+        raise ValueError(f"its weights lack {', '.join(lacking[:3])}, {len(lacking)} in all")
+    return model.float().eval()
 
 
 def _side(folder: Path, part: str | None = None) -> int:
@@ -280,7 +294,8 @@ def dino(source: str, device: str) -> Encoder:
     side = _side(folder) if fixed else PUBLISHED_SIDE
     short = side * PUBLISHED_SHORT // PUBLISHED_SIDE
     try:
-        model = AutoModel.from_pretrained(folder).float().eval().to(device)
+        model = _whole(AutoModel, folder).to(device)
+        first_token(model, torch.zeros(1, 3, side, side, device=device))
     except Exception as error:
         raise DataError(f"{source} cannot be loaded as a vision model: {error}") from None
     return Encoder(
@@ -288,10 +303,15 @@ def dino(source: str, device: str) -> Encoder:
         hash_folder(folder),
         f"short side {short} bicubic, centre crop {side}",
         centred(side, short),
-        lambda batch: model(
-            pixel_values=_normalised(batch, IMAGENET_MEAN, IMAGENET_STD)
-        ).last_hidden_state[:, 0],
+        lambda batch: first_token(model, _normalised(batch, IMAGENET_MEAN, IMAGENET_STD)),
     )
+
+
+@torch.inference_mode()
+def first_token(model: Any, pixels: Tensor) -> Tensor:
+    """The class token's features (N, width)."""
+    tokens: Tensor = model(pixel_values=pixels).last_hidden_state
+    return tokens[:, 0]
 
 
 def dino_here(source: str) -> bool:

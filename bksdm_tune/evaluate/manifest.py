@@ -148,7 +148,7 @@ def read_pictures(path: Path, check: Callable[[Path], object]) -> Pictures:
         shown = "\n  ".join(problems)
         raise DataError(f"{path} has {len(problems)} faults:\n  {shown}")
     of = {role: sorted((r for r in kept if r.role == role), key=lambda r: r.key) for role in KINDS}
-    missing += [Missing(hole) for hole in _holes([row for _, row in numbered])]
+    missing += _holes(numbered)
     if not of["generated"]:
         raise DataError(f"{path}: none of its generated pictures is there.")
     return Pictures(
@@ -171,8 +171,10 @@ def _parse(path: Path) -> tuple[list[tuple[int, Row]], list[str]]:
             continue
         try:
             rows.append((number, parse_row(json.loads(line))))
-        except (json.JSONDecodeError, DataError) as error:
+        except (ValueError, DataError) as error:
             problems.append(f"line {number}: {error}")
+        except RecursionError:
+            problems.append(f"line {number}: is nested too deeply")
     return rows, problems
 
 
@@ -242,14 +244,20 @@ def _duplicates(numbered: list[tuple[int, Row]]) -> list[str]:
 
 
 def _outside(folder: Path, path: str) -> bool:
-    return Path(path).is_absolute() or not (folder / path).resolve().is_relative_to(
-        folder.resolve()
-    )
+    if Path(path).is_absolute():
+        return True
+    try:
+        return not (folder / path).resolve().is_relative_to(folder.resolve())
+    except (OSError, RuntimeError):  # a name too long, links in a circle: _fault says so
+        return False
 
 
 def _fault(folder: Path, path: str, check: Callable[[Path], object]) -> str | None:
-    if not (folder / path).is_file():
-        return f"{path} is not there"
+    try:
+        if not (folder / path).is_file():
+            return f"{path} is not there"
+    except (OSError, RuntimeError) as error:
+        return f"{path[:80]} cannot be opened: {error}"
     try:
         check(folder / path)
     except DataError as error:
@@ -286,19 +294,26 @@ def _subjects(numbered: list[tuple[int, Row]]) -> list[str]:
     return problems
 
 
-def _holes(rows: list[Row]) -> list[str]:
-    """Cells with fewer pictures than the others: every subject has every prompt of its group."""
+def _holes(numbered: list[tuple[int, Row]]) -> list[Missing]:
+    """Cells with fewer pictures than the others, by the subject's first line: every subject has
+    every prompt of its group, and as much of the plain class as the others."""
+    first: dict[str, int] = {}
+    for number, row in numbered:
+        first.setdefault(row.subject_id, number)
+    rows = [row for _, row in numbered]
     generated = [row for row in rows if isinstance(row, Generated)]
     count = Counter((row.subject_id, row.prompt_id) for row in generated)
+    plain = Counter(row.subject_id for row in rows if isinstance(row, ClassPrior))
     prompts: dict[str, set[str]] = defaultdict(set)
     groups = {row.subject_id: row.group for row in generated}
     for row in generated:
         prompts[row.group].add(row.prompt_id)
-    most = max(count.values(), default=0)
-    bare = sorted({row.subject_id for row in rows} - groups.keys())
-    return [f"subject {subject}: no generated picture" for subject in bare] + [
-        f"subject {subject}, prompt {prompt}: {count[subject, prompt]} of {most} pictures"
-        for subject, group in sorted(groups.items())
-        for prompt in sorted(prompts[group])
-        if count[subject, prompt] < most
-    ]
+    most, most_plain = max(count.values(), default=0), max(plain.values(), default=0)
+    holes = [(s, "no generated picture") for s in sorted(first.keys() - groups.keys())]
+    for subject, group in sorted(groups.items()):
+        for prompt in sorted(prompts[group]):
+            if (there := count[subject, prompt]) < most:
+                holes.append((subject, f"{there} of {most} pictures of prompt {prompt}"))
+        if plain[subject] < most_plain:
+            holes.append((subject, f"{plain[subject]} of {most_plain} pictures of the class"))
+    return [Missing(f"subject {subject}: {what}", first[subject]) for subject, what in holes]

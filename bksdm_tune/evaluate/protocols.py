@@ -16,6 +16,7 @@ from typing import Any
 from bksdm_tune.errors import DataError
 from bksdm_tune.evaluate import encoders, perceptual
 from bksdm_tune.evaluate.encoders import Encoder
+from bksdm_tune.evaluate.results import POCKET_NOTE
 
 # fmt: off
 DINO = {
@@ -41,10 +42,6 @@ RULES = {
     "text": "template without the identifier, spaces collapsed",
     "features": "float32, cosine in float64",
 }
-POCKET_NOTE = (
-    "Scored by the pocket encoders, which know this program's illustrated world only: compare "
-    "these figures with each other, never with published ones."
-)
 
 
 @dataclass(frozen=True)

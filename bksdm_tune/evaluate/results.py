@@ -19,6 +19,11 @@ SCHEMA, SCORES_SCHEMA = "bksdm-tune/results/1", "bksdm-tune/scores/1"
 FILE, ROWS = "results.json", "rows.parquet"
 SCORES, IMAGES, SUBJECTS = "scores.json", "images.parquet", "subjects"  # score.py
 
+POCKET_NOTE = (
+    "Scored by the pocket encoders, which know this program's illustrated world only: compare "
+    "these figures with each other, never with published ones."
+)
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -66,7 +71,7 @@ def write_results(
         "name": name,
         "model": model,
         "protocol": protocol,
-        "fingerprint": content_key(protocol),
+        "fingerprint": fingerprint(protocol),
         "counts": counts,
         "metrics": {key: asdict(metric) for key, metric in metrics.items()},
         "versions": versions(),
@@ -74,6 +79,12 @@ def write_results(
     text = json.dumps(result, indent=2, sort_keys=True, allow_nan=False)
     write_text_atomic(folder / FILE, text + "\n")
     return folder / FILE
+
+
+def fingerprint(protocol: dict[str, Any]) -> str:
+    """Of all that decides the figures but LPIPS, on which DIV alone rests (compare looks there):
+    so two machines compare although one lacks its weights."""
+    return content_key({name: value for name, value in protocol.items() if name != "lpips"})
 
 
 def read_results(path: Path) -> dict[str, Any]:

@@ -19,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from bksdm_tune.artifacts import content_key, sha256_file, versions, write_text_atomic
+from bksdm_tune.artifacts import sha256_file, versions, write_text_atomic
 from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate import subject_scores as scores
 from bksdm_tune.evaluate.encoders import features
@@ -31,12 +31,14 @@ from bksdm_tune.evaluate.results import (
     SCORES,
     SCORES_SCHEMA,
     SUBJECTS,
+    fingerprint,
     read_results,
 )
 from bksdm_tune.evaluate.subject_scores import MEASURES, Table
 from subjects.photos import decode_photo, open_photo
 
 BLACK = 8  # of 255: no channel of any pixel is lighter
+ONE_EACH = "no prompt has two pictures"
 Space = dict[str, NDArray[Any]]
 
 
@@ -138,7 +140,7 @@ def read_floor(
     if path is None:
         return None
     result = read_results(path)
-    if result["kind"] != SUBJECTS or result["fingerprint"] != content_key(protocol):
+    if result["kind"] != SUBJECTS or result["fingerprint"] != fingerprint(protocol):
         raise ProtocolError(
             f"--floor {path} was scored by another protocol. Score those pictures with these flags."
         )
@@ -163,7 +165,7 @@ def summarise(
     subjects = sorted({row["subject_id"] for row in generated})
     metrics = {
         metric: scores.with_floor(
-            scores.summary(rows, metric, no_div if metric == "div" else None),
+            scores.summary(rows, metric, (no_div or ONE_EACH) if metric == "div" else None),
             floor["metrics"][metric]["macro"] if floor else None,
         )
         for metric in MEASURES
@@ -175,7 +177,7 @@ def summarise(
         "kind": SUBJECTS,
         "name": name,
         "protocol": protocol,
-        "fingerprint": content_key(protocol),
+        "fingerprint": fingerprint(protocol),
         "complete": not missing,
         "counts": {
             "subjects": len(subjects),
@@ -219,15 +221,17 @@ def write(
     import pyarrow
     import pyarrow.parquet
 
+    written = json.dumps(result, indent=2, sort_keys=True, allow_nan=False)
     out.mkdir(parents=True, exist_ok=True)
     listed = pyarrow.Table.from_pylist(rows, pyarrow.schema([(n, kind(n)) for n in scores.COLUMNS]))
     (out / SCORES).unlink(missing_ok=True)
-    pyarrow.parquet.write_table(listed, out / IMAGES)
+    scratch = out / f".{IMAGES}.tmp"
+    pyarrow.parquet.write_table(listed, scratch)
+    scratch.replace(out / IMAGES)
     text = io.StringIO()
     writer = csv.DictWriter(text, scores.COLUMNS, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     write_text_atomic((out / IMAGES).with_suffix(".csv"), text.getvalue())
     write_report(out / "report.html", rows, result, folder, steps)
-    written = json.dumps(result, indent=2, sort_keys=True, allow_nan=False)
     write_text_atomic(out / SCORES, written + "\n")

@@ -10,12 +10,14 @@ from bksdm_tune.artifacts import MANIFEST, read_manifest
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.evaluate.drawing import Grid, Sitter, draw_floor, draw_for_score
 from bksdm_tune.evaluate.protocols import Judges
+from bksdm_tune.evaluate.results import fingerprint
 from bksdm_tune.evaluate.score import score
 from bksdm_tune.evaluate.score_config import Config
 from bksdm_tune.evaluate.watch import ON_THE_WAY, curve, read_points
 from bksdm_tune.generate import Config as Drawing
 from bksdm_tune.generate import find_model
-from bksdm_tune.resolve import Parts, tuned_from
+from bksdm_tune.lora import fit
+from bksdm_tune.resolve import Parts, tuned_from, unet_config
 from subjects.photos import read_photos
 
 UNTUNED = "untuned"
@@ -29,6 +31,8 @@ def score_model(config: Config, out: Path, judges: Judges, device: str) -> dict[
     """
     parts, sitter, side = subject_of(config)
     under = backbone_of(config, parts) if config.floor is None else None  # said before drawing
+    if parts.adapter is not None:
+        fit.check(parts.adapter, unet_config(parts))
     grid = Grid(config.prompts, config.images, config.class_images)
     manifest = draw_for_score(parts, sitter, grid, out, side, device)
     floor = config.floor
@@ -37,7 +41,8 @@ def score_model(config: Config, out: Path, judges: Judges, device: str) -> dict[
         plain = draw_floor(under, sitter, grid, floor, side, device)
         score(plain, judges, floor, f"{under.name}, untuned", config.batch_size, device=device)
     assert config.model is not None
-    steps = curve(read_points(Path(config.model) / ON_THE_WAY))
+    points = read_points(Path(config.model) / ON_THE_WAY)
+    steps = curve([p for p in points if p.fingerprint in ("", fingerprint(judges.facts))])
     name, size = config.model, config.batch_size
     return score(manifest, judges, out, name, size, floor=floor, device=device, steps=steps)
 
@@ -76,8 +81,11 @@ def subject_of(config: Config) -> tuple[Parts, Sitter, int | None]:
     who = said.get("who", {})
     name = who.get("subject") or who.get("name") or folder.resolve().name
     photos = read_photos(folder, minimum_side=1)
-    if parents.get("held_out") and config.photos is None:  # nothing of what it was trained on
-        own = tuple(p for p in photos.photos if p.sha256 in parents["held_out"].values())
+    if parents.get("held_out"):  # nothing of what it was trained on, wherever the photos lie now
+        learned = set(parents["photos"].values())
+        own = tuple(photo for photo in photos.photos if photo.sha256 not in learned)
+        if not own:
+            raise DataError(f"{config.model} was trained on every photo in {folder}.")
         photos = replace(photos, photos=own)
     return model.parts, Sitter(slug(name), noun, identifier, photos), model.side
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bksdm_tune.errors import DataError
 from bksdm_tune.evaluate.manifest import ClassPrior, Generated, Pictures, Row
 from bksdm_tune.evaluate.statistics import Cells, bootstrap_cells
 from subjects.catalogue import prompt_type
@@ -64,9 +65,16 @@ COLUMNS = (
 
 
 def unit(features: NDArray[Any]) -> NDArray[np.float64]:
-    """Rows of length 1 in float64."""
+    """Rows of length 1 in float64.
+
+    Raises:
+        DataError: some are not finite, or nothing.
+    """
     rows = features.astype(np.float64)
-    return np.asarray(rows / np.linalg.norm(rows, axis=-1, keepdims=True))
+    lengths = np.linalg.norm(rows, axis=-1, keepdims=True)
+    if not (np.isfinite(lengths) & (lengths > 0)).all():
+        raise DataError("An encoder answers with numbers that are not finite, or with zeros.")
+    return np.asarray(rows / lengths)
 
 
 def table(

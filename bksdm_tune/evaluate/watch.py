@@ -12,12 +12,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from bksdm_tune.artifacts import content_key
 from bksdm_tune.errors import ProtocolError
 from bksdm_tune.evaluate.drawing import Grid, Order, Sitter, orders
 from bksdm_tune.evaluate.encoders import Encoder, features
 from bksdm_tune.evaluate.manifest import Generated
 from bksdm_tune.evaluate.protocols import Judges
+from bksdm_tune.evaluate.results import fingerprint
 from bksdm_tune.evaluate.statistics import bootstrap_mean
 from bksdm_tune.evaluate.subject_scores import unit
 from subjects.photos import open_photo
@@ -39,12 +39,6 @@ class Point:
     clip_t_ci95: tuple[float, float]
     fingerprint: str = ""
     """Of the protocol."""
-
-    def better_than(self, best: Point | None) -> bool:
-        """More like the photos, and no less like the words than the other's interval allows."""
-        if best is None:
-            return True
-        return self.dino > best.dino and self.clip_t >= best.clip_t_ci95[0]
 
 
 def watched(sitter: Sitter) -> list[Order]:
@@ -77,7 +71,7 @@ class Watch:
         dino, clip_t = (values.reshape(-1, GRID.images).mean(1) for values in (dino, clip_t))
         intervals = bootstrap_mean(dino), bootstrap_mean(clip_t)
         means = float(dino.mean()), float(clip_t.mean())
-        return Point(step, *means, *intervals, fingerprint=content_key(self.judges.facts))
+        return Point(step, *means, *intervals, fingerprint=fingerprint(self.judges.facts))
 
     def _encode(self, encoder: Encoder, pictures: list[Image.Image]) -> NDArray[np.float64]:
         return unit(features(encoder.images, encoder, pictures, self.device))
@@ -85,7 +79,7 @@ class Watch:
 
 def check_protocol(points: list[Point], judges: Judges) -> None:
     """Raise ProtocolError if some were scored by other encoders than these."""
-    mine = content_key(judges.facts)
+    mine = fingerprint(judges.facts)
     if any(point.fingerprint not in ("", mine) for point in points):
         raise ProtocolError(
             f"This run's {ON_THE_WAY} was scored by other encoders than can be had now "

@@ -82,6 +82,8 @@ def _tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             ) from None
         raise DataError(f"{path} is damaged or no safetensors file: {error}") from None
     for key, tensor in tensors.items():
+        if key.endswith(".alpha") and not tensor.is_floating_point():
+            tensors[key] = tensor = tensor.float()  # diffusers' converter writes the rank as it is
         if tensor.dtype not in FLOATS:
             raise DataError(f"{path}: {key} holds {str(tensor.dtype)[6:]}; floats are wanted.")
         if not torch.isfinite(tensor).all():

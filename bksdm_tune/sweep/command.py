@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from bksdm_tune.artifacts import locked, write_text_atomic
 from bksdm_tune.config import load_toml, parse, save_toml
 from bksdm_tune.errors import UsageError
 from bksdm_tune.resolve import resolve
-from bksdm_tune.sweep.cells import FAILURE, Cell, Task, cells, lasting, tasks
+from bksdm_tune.sweep.cells import Cell, Task, cells, lasting, tasks
 from bksdm_tune.sweep.config import Config
 from bksdm_tune.sweep.work import CONFIG, wait_for_others
 
@@ -44,12 +43,10 @@ def main(argv: list[str]) -> int:
         everything = remember(config.out, wanted)
         save_toml(config.out / CONFIG, config)
         run(config, wanted)
-        failed = undone(wanted, config.out)
-        from bksdm_tune.sweep.table import write_tables
+        from bksdm_tune.sweep.table import undone, write_tables
 
+        failed = undone(wanted, config.out)
         print(write_tables(config.out, everything))
-    if failed:
-        print(failures(failed, config.out))
     print(f"Look at {config.out / 'report.html'}")
     return FAILED if failed else 0
 
@@ -108,6 +105,7 @@ def run(config: Config, wanted: list[Cell]) -> None:
     from tqdm import tqdm
 
     from bksdm_tune.sweep.engines import ENGINES
+    from bksdm_tune.sweep.table import undone
 
     left = [task for task in tasks(wanted, config.stack) if undone(task, config.out)]
     done = len(wanted) - len(undone(wanted, config.out))
@@ -120,16 +118,3 @@ def run(config: Config, wanted: list[Cell]) -> None:
                 if not ok and len(task) > 1:
                     again += [(cell,) for cell in undone(task, config.out)]
             left = again
-
-
-def undone(cells: Iterable[Cell], out: Path) -> list[Cell]:
-    return [cell for cell in cells if not cell.done(out)]
-
-
-def failures(failed: list[Cell], out: Path) -> str:
-    lines = [f"{len(failed)} cells failed; the same command tries them again:"]
-    for cell in failed:
-        path = cell.folder(out) / FAILURE
-        text = path.read_text().strip().splitlines() if path.is_file() else ["its process died"]
-        lines.append(f"  {cell.name}: {text[-1]}")
-    return "\n".join(lines)

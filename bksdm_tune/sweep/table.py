@@ -6,20 +6,21 @@ import csv
 import io
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bksdm_tune.artifacts import write_text_atomic
-from bksdm_tune.errors import ProtocolError
+from bksdm_tune.errors import DataError, ProtocolError
 from bksdm_tune.evaluate.compare import compare, table_of
 from bksdm_tune.evaluate.report import scatter, template
 from bksdm_tune.evaluate.results import SCORES, read_results
 from bksdm_tune.evaluate.score import summarise, write
 from bksdm_tune.evaluate.score_model import UNTUNED
 from bksdm_tune.evaluate.subject_scores import Table
-from bksdm_tune.sweep.cells import RESULT, Cell
+from bksdm_tune.sweep.cells import FAILURE, RESULT, Cell
 
 SCORED = ("dino", "clip_i", "clip_t", "pres")
 COSTS = ("seconds", "peak_memory_gb", "megabytes", "images_per_second")
@@ -30,34 +31,56 @@ def write_tables(out: Path, wanted: list[Cell]) -> str:
     arms: dict[str, list[Cell]] = {}
     for cell in wanted:
         arms.setdefault(cell.arm, []).append(cell)
+    seeds = sorted({cell.seed for cell in wanted})
     results = {
-        arm: gather(out, arm, members)
+        arm: gather(out, arm, members, seeds)
         for arm, members in arms.items()
         if any(cell.done(out) for cell in members)
     }
     rows = [leader(out, arm, result, arms[arm]) for arm, result in results.items()]
     rows.sort(key=lambda row: -row["dino"])
     pairs = differences(out, list(results))
-    text = markdown(rows, pairs, results)
+    lost = failures(undone(wanted, out), out)
+    text = markdown(rows, pairs, results) + (f"\n{lost}\n" if lost else "")
     write_text_atomic(out / "table.md", text)
     write_text_atomic(out / "leaderboard.csv", as_csv(rows))
     points = [(row["arm"], row["clip_t"], row["dino"]) for row in rows]
     page = template("sweep.html.j2").render(
-        rows=rows, pairs=pairs, results=results, plot=scatter(points, "each point an arm")
+        rows=rows,
+        pairs=pairs,
+        results=results,
+        lost=lost,
+        plot=scatter(points, "each point an arm"),
     )
     write_text_atomic(out / "report.html", page)
     return text
 
 
-def gather(out: Path, arm: str, members: list[Cell]) -> dict[str, Any]:
-    """Scores of an arm over all its subjects, and of its untuned backbone.
+def undone(cells: Iterable[Cell], out: Path) -> list[Cell]:
+    return [cell for cell in cells if not cell.done(out)]
+
+
+def failures(failed: list[Cell], out: Path) -> str:
+    """A line a cell that has no result, with the last line of its reason; '' if there is none."""
+    if not failed:
+        return ""
+    lines = [f"{len(failed)} cells failed; the same command tries them again:", ""]
+    for cell in failed:
+        path = cell.folder(out) / FAILURE
+        text = path.read_text().strip().splitlines() if path.is_file() else ["its process died"]
+        lines.append(f"* {cell.name}: {text[-1]}")
+    return "\n".join(lines)
+
+
+def gather(out: Path, arm: str, members: list[Cell], seeds: list[int]) -> dict[str, Any]:
+    """Scores of an arm over all its subjects, and of its untuned backbone; ``seeds``: of all arms,
+    so that equal trainings pair.
 
     Raises:
         ProtocolError: its cells were scored in different ways.
     """
     done = [cell for cell in members if cell.done(out)]
     missing = [f"cell {cell.name}" for cell in members if not cell.done(out)]
-    seeds = sorted({cell.seed for cell in members})
     folder = out / "arms" / arm
     floor: dict[str, Any] | None = None
     for below, title in ((UNTUNED, f"{arm}, untuned"), ("", arm)):
@@ -129,8 +152,13 @@ def differences(out: Path, arms: list[str]) -> list[dict[str, Any]]:
         one, other = a.rsplit("-", 1), b.rsplit("-", 1)
         if (one[0] == other[0]) == (one[1] == other[1]):
             continue
-        report = compare(out / "arms" / a / SCORES, out / "arms" / b / SCORES)
-        found.append({"a": a, "b": b, "metrics": {n: report[n] for n in SCORED if n in report}})
+        pair: dict[str, Any] = {"a": a, "b": b, "metrics": {}, "reason": None}
+        try:
+            report = compare(out / "arms" / a / SCORES, out / "arms" / b / SCORES)
+            pair["metrics"] = {name: report[name] for name in SCORED if name in report}
+        except (DataError, ProtocolError) as error:  # other photos, or no subject in common
+            pair["reason"] = str(error)
+        found.append(pair)
     return found
 
 
@@ -155,6 +183,9 @@ def markdown(
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", "| B - A | DINO | CLIP-I | CLIP-T | PRES |", "|---" * 5 + "|"]
     for pair in pairs:
+        if pair["reason"]:
+            lines.append(f"| {pair['b']} - {pair['a']} | not comparable: {pair['reason']} | | | |")
+            continue
         entries = [pair["metrics"].get(name) for name in SCORED]
         cells = [_difference(entry) for entry in entries]
         lines.append(f"| {pair['b']} - {pair['a']} | " + " | ".join(cells) + " |")

@@ -17,7 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bksdm_tune.artifacts import content_key, read_manifest, write_text_atomic
+from bksdm_tune.artifacts import MANIFEST, content_key, read_manifest, write_text_atomic
 from bksdm_tune.config import load_toml
 from bksdm_tune.sweep.cells import FAILURE, RESULT, Cell, Task
 from bksdm_tune.sweep.config import Config
@@ -93,26 +93,22 @@ def job_of(config: Config, out: Path, cell: Cell) -> Any:
 
 
 def train(config: Config, out: Path, task: Task) -> None:
-    """What of the task is not trained; a stack that is under way keeps its members."""
+    """What of the task is not trained: all in a stack where none is, or where theirs is under way,
+    else the rest one by one."""
     from bksdm_tune.checkpoints import list_checkpoints
-    from bksdm_tune.dreambooth.together import finished, train_together
+    from bksdm_tune.dreambooth.together import train_together
     from bksdm_tune.dreambooth.train import train as train_alone
 
-    jobs = {cell: job_of(config, out, cell) for cell in task}
-    if not list_checkpoints(stack_folder(out, list(jobs))):
-        jobs = {cell: job for cell, job in jobs.items() if not finished(job)}
-    if len(jobs) == 1:
-        train_alone(*jobs.values())
-    elif jobs:
-        train_together(list(jobs.values()), stack_folder(out, list(jobs)))
+    left = [cell for cell in task if not (cell.folder(out) / "run" / MANIFEST).is_file()]
+    stack = out / "stacks" / content_key([cell.name for cell in task])[:16]
+    if len(task) > 1 and (len(left) == len(task) or list_checkpoints(stack)):
+        train_together([job_of(config, out, cell) for cell in task], stack)
+    else:
+        for cell in left:
+            train_alone(job_of(config, out, cell))
     for cell in task:
         for path in (cell.folder(out) / "run").glob("checkpoint-*"):
             shutil.rmtree(path)
-
-
-def stack_folder(out: Path, cells: list[Cell]) -> Path:
-    """Of the common loop of these cells."""
-    return out / "stacks" / content_key([cell.name for cell in cells])[:16]
 
 
 def finish(config: Config, out: Path, cell: Cell, judges: list[Any]) -> None:

@@ -16,6 +16,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.pop(0)  # this folder, where a module is called distill
+
 WARM_UP = 16
 
 STARTED = time.perf_counter()

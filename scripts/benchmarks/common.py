@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import platform
@@ -95,9 +96,25 @@ def matrix_rate() -> float:
     return 2 * side**3 / median_seconds(lambda: left @ right)
 
 
+def processor() -> str:
+    """Its name, or at least its kind."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def revision(checkout: Path) -> str:
+    """Commit of a checkout, or unknown."""
+    words = ["git", "-C", str(checkout), "rev-parse", "HEAD"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
 def machine() -> Facts:
     return {
-        "device": torch.cuda.get_device_name() if device() == "cuda" else platform.processor(),
+        "device": torch.cuda.get_device_name() if device() == "cuda" else processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "versions": versions(),
@@ -106,7 +123,13 @@ def machine() -> Facts:
 
 def report(options: argparse.Namespace, facts: Facts) -> None:
     """Print and write what was found, with the command, the machine and the versions."""
-    whole = {"command": " ".join(["python", *sys.argv])} | facts | machine()
+    peers = {
+        name: revision(path)
+        for name in ("diffusers", "reference")
+        if (path := getattr(options, name, None)) is not None
+    }
+    heading = {"command": " ".join(["python", *sys.argv]), "commit": revision(ROOT), "peers": peers}
+    whole = heading | facts | machine()
     text = json.dumps(whole, indent=2, default=str)
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(text + "\n")

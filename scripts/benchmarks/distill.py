@@ -44,7 +44,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", choices=("base", "small", "tiny"), default="small")
     parser.add_argument("--resolution", type=int, default=64)
     parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=32, help="the tokenizer's maximum length")
     parser.add_argument("--steps", type=int, default=80)
 
 
@@ -98,7 +97,8 @@ class Unets:
         side, width = config["sample_size"], config["cross_attention_dim"]
         noisy = torch.randn(size, config["in_channels"], side, side, device=device())
         timesteps = torch.randint(0, 1000, (size,), device=device())
-        embeds = torch.randn(size, options.tokens, width, device=device())
+        tokens = load_part(resolve(str(teacher)), "tokenizer").model_max_length
+        embeds = torch.randn(size, tokens, width, device=device())
         self.inputs = (noisy, timesteps, embeds)
 
     def step(self) -> None:

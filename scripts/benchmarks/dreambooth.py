@@ -5,10 +5,13 @@ Same backbone, photos, class images (made beforehand, so in nobody's seconds), c
 4 on to_q, to_k, to_v, to_out.0; text encoder frozen.  ``step_seconds`` is the mean from the 17th
 optimiser step to the last one of the same process; ``seconds`` is the whole process, loading and
 saving included; no side draws pictures.  ``unet_alone`` is the limit at equal arithmetic: forward
-and backward of the U-Net, with that LoRA by PEFT, on one batch in memory, nothing else.
+and backward of the U-Net with that LoRA as ours runs it, on one batch in memory, nothing else.
 
 What differs, because it is what is compared: the others encode photos (VAE) and captions (text
-encoder) anew in every step, ours once; order and noise are each one's own.
+encoder) anew in every step, ours once; ``diffusers, captions once`` is their script with the flag
+that spares the second.  The reference starts a loader process and a thread that watches the memory
+in every epoch, which the class images make as long as the run.  Order and noise are each one's own.
+On a GPU in bf16 diffusers' LoRA weights are bf16, ours float32.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from bksdm_tune.adapters import inject
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import native_resolution
 from bksdm_tune.precision import autocast, choose, frozen_dtype
@@ -41,6 +45,7 @@ from scripts.benchmarks.common import (
 )
 from scripts.benchmarks.reference import runnable
 from scripts.full_size import SHAPES, write_pipeline
+from subjects.photos import read_photos
 
 RANK = 4
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -58,7 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--full-size", choices=SHAPES, help="in place of --backbone, random weights"
     )
-    parser.add_argument("--class-images", type=int, default=16)
+    parser.add_argument("--class-images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=144)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
 
@@ -81,6 +86,10 @@ def diffusers(options: Any, place: Place) -> list[str]:
     script = options.diffusers.resolve() / "examples/dreambooth" / SCRIPTS[options.method]
     rank = ["--rank", str(RANK)] if options.method == "lora" else []
     return [str(script), *rank, *shared(options, place, "diffusers")]
+
+
+def captions_once(options: Any, place: Place) -> list[str]:
+    return [*diffusers(options, place), "--pre_compute_text_embeddings"]
 
 
 def reference(options: Any, place: Place) -> list[str]:
@@ -110,12 +119,20 @@ def shared(options: Any, place: Place, name: str) -> list[str]:
     ]  # fmt: skip
 
 
+def clean_copy(photos: Path, target: Path) -> Path:
+    """The photos alone: diffusers' scripts stop at any other file."""
+    target.mkdir(parents=True)
+    for photo in read_photos(photos, minimum_side=1).photos:
+        shutil.copy(photo.path, target)
+    return target
+
+
 class Place:
     """Backbone, photos and class images of a comparison, and where it may write."""
 
     def __init__(self, options: Any, scratch: Path) -> None:
         self.scratch, self.cache = scratch, scratch / "cache"
-        self.photos = options.photos.resolve()
+        self.photos = clean_copy(options.photos, scratch / "photos")
         self.class_images = scratch / "class-images"
         self.precision = choose("auto", device())
         folder = options.backbone
@@ -126,7 +143,7 @@ class Place:
         self.resolution = native_resolution(self.backbone)
 
     def run(self, words: list[str]) -> Facts:
-        for name in SIDES:
+        for name in ("ours", "diffusers", "reference", "cache/latents"):
             shutil.rmtree(self.scratch / name, ignore_errors=True)
         return child(words, self.scratch, self.cache)
 
@@ -146,15 +163,13 @@ class Alone:
     """The arithmetic that both sides share."""
 
     def __init__(self, options: Any, place: Place) -> None:
-        from peft import LoraConfig
-
         lora = options.method == "lora"
         self.precision = place.precision
         dtype = frozen_dtype(self.precision, device()) if lora else torch.float32
-        self.unet = load_part(place.backbone, "unet", dtype).to(device()).train()
+        unet = load_part(place.backbone, "unet", dtype).train()
+        self.unet = unet.to(device(), memory_format=torch.channels_last)
         if lora:
-            self.unet.requires_grad_(False)
-            self.unet.add_adapter(LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS)))
+            inject(self.unet, RANK, RANK, 0.0, TARGETS)
         config, tokens = self.unet.config, load_part(place.backbone, "tokenizer").model_max_length
         side = config["sample_size"]
         shape = (2, config["in_channels"], side, side)
@@ -177,7 +192,12 @@ class Alone:
         return int(counter.get_total_flops())
 
 
-SIDES = {"ours": ours, "diffusers": diffusers, "reference": reference}
+SIDES = {
+    "ours": ours,
+    "diffusers": diffusers,
+    "diffusers, captions once": captions_once,
+    "reference": reference,
+}
 
 
 def measure(options: Any) -> None:

@@ -83,7 +83,8 @@ def measure(options: Any) -> None:
     total = jobs(options.backbone, 1)[0].config.training.steps
     assert total is not None
     middle = seconds_a_step(options)
-    first = middle[min(middle)]
+    smallest = min(middle)
+    first = middle[smallest] / smallest
     report(
         options,
         {

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from bksdm_tune.resolve import resolve
-from scripts.benchmarks.common import Facts, in_turns, medians, report, wall
+from scripts.benchmarks.common import Facts, device, in_turns, medians, report, wall
 
 STOCK = """
 from diffusers import StableDiffusionPipeline
-pipe = StableDiffusionPipeline.from_pretrained({folder!r}, safety_checker=None)
+pipe = StableDiffusionPipeline.from_pretrained(
+    {folder!r}, safety_checker=None, torch_dtype={dtype!r}
+)
 pipe.to({device!r})
 pipe("a dog on the beach", num_inference_steps=25).images[0].save("stock.png")
 """
@@ -31,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def measure(options: Any) -> None:
-    from scripts.benchmarks.common import device
-
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         stock = scratch / "stock.py"
         root = str(resolve(options.backbone).root)
-        stock.write_text(STOCK.format(folder=root, device=device()))
+        dtype = "float32" if device() == "cpu" else "float16"
+        stock.write_text(STOCK.format(folder=root, device=device(), dtype=dtype))
         script = options.diffusers.resolve() / "examples/dreambooth/train_dreambooth_lora.py"
         tool = ["-m", "bksdm_tune"]
         photos = ["--photos", str(options.photos.resolve()), "--class-noun", "dog", "--lora"]
@@ -51,7 +52,7 @@ def measure(options: Any) -> None:
         }
 
         def seconds(words: list[str]) -> Facts:
-            return {"seconds": wall(words, scratch)}
+            return {"seconds": wall(words, scratch, scratch / "cache")}
 
         sides = {name: functools.partial(seconds, words) for name, words in commands.items()}
         turns = in_turns(sides, options.repeats)

@@ -1,13 +1,14 @@
 """From photos to an adapter as a user gets it: each side's own defaults, scores beside the seconds.
 
-ours        ``bksdm-tune dreambooth --subject NAME --lora``: pictures before and after included
-documented  diffusers' train_dreambooth_lora.py as its documentation has it: 200 class images, 500
-            steps, rank 4, learning rate 1e-4, batch 1
-with ours   the same script given our recipe (rank 16, text encoder, learning rate, schedule, batch,
-            steps, prior weight), which nobody tells its user, with its 200 class images
+ours            ``bksdm-tune dreambooth --subject NAME --lora``: pictures before and after included
+documented      diffusers' train_dreambooth_lora.py as its README has it: 500 steps, rank 4,
+                learning rate 1e-4, batch 1, no prior preservation
+with prior      the same with prior preservation as their README has it for full tuning: 200
+                class images, 800 steps
+with ours       with our recipe's settings, which nobody tells its user, and 200 class images
 
 All from empty caches, class images included in the seconds; scored by ``bksdm-tune score`` on 25
-prompts x 2.
+prompts x 2 and 8 pictures of the class (PRES: how much the class looks like the subject).
 """
 
 from __future__ import annotations
@@ -21,14 +22,15 @@ from pathlib import Path
 from typing import Any
 
 from bksdm_tune.artifacts import read_manifest
-from bksdm_tune.dreambooth.recipes import recipe
 from bksdm_tune.evaluate.results import SCORES, read_results
 from bksdm_tune.pipeline_folder import native_resolution
 from bksdm_tune.resolve import ADAPTER, resolve
 from scripts.benchmarks.common import Facts, child, in_turns, report, wall
+from scripts.benchmarks.dreambooth import clean_copy
 
-METRICS = ("dino", "clip_t")
+METRICS = ("dino", "clip_t", "pres")
 IDENTIFIER = "sks11df"
+ARMS = ("documented", "with prior", "with ours")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,57 +41,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def ours(options: Any, name: str, scratch: Path) -> Facts:
-    out = scratch / name / "ours"
+    out = emptied(scratch / "ours")
     words = ["-m", "bksdm_tune", "dreambooth", "--subject", name, "--lora"]
     words += ["--backbone", options.backbone, "--out", str(out)]
-    facts = child(words, scratch, scratch / name / "cache")
-    return facts | scores(options, [str(out)], scratch)
+    facts = child(words, scratch, emptied(scratch / "cache"))
+    return facts | scores([str(out)], scratch)
 
 
-def theirs(options: Any, name: str, scratch: Path, settings: list[str], arm: str) -> Facts:
+def theirs(options: Any, arm: str, scratch: Path) -> Facts:
     """After ``ours``, whose photos it gets."""
-    parents = read_manifest(scratch / name / "ours")
-    photos, noun = (
-        parents["parents"]["photo_folder"],
-        parents["results"]["trigger"].split(" ", 1)[1],
-    )
-    out, parts = scratch / name / arm, resolve(options.backbone)
+    made = read_manifest(scratch / "ours")
+    noun = made["results"]["trigger"].partition(" ")[2]
+    photos = clean_copy(Path(made["parents"]["photo_folder"]), emptied(scratch / "photos"))
+    out, parts = emptied(scratch / "theirs"), resolve(options.backbone)
     script = options.diffusers.resolve() / "examples/dreambooth/train_dreambooth_lora.py"
     words = [
         str(script), "--pretrained_model_name_or_path", str(parts.root),
-        "--instance_data_dir", photos, "--class_data_dir", str(out / "class"),
-        "--instance_prompt", f"a {IDENTIFIER} {noun}", "--class_prompt", f"a {noun}",
-        "--with_prior_preservation", "--num_class_images", "200", "--lr_warmup_steps", "0",
-        "--resolution", str(native_resolution(parts)), "--seed", "1234",
-        "--output_dir", str(out), *settings,
+        "--instance_data_dir", str(photos), "--instance_prompt", f"a {IDENTIFIER} {noun}",
+        "--resolution", str(native_resolution(parts)), "--lr_warmup_steps", "0",
+        "--seed", "1234", "--output_dir", str(out), *settings(arm, made["config"]),
     ]  # fmt: skip
+    if arm != "documented":
+        words += ["--with_prior_preservation", "--num_class_images", "200"]
+        words += ["--class_data_dir", str(out / "class"), "--class_prompt", f"a {noun}"]
     facts = child(words, scratch)
-    who = ["--photos", photos, "--class-noun", noun, "--identifier", IDENTIFIER]
-    what = [str(out / ADAPTER), "--backbone", options.backbone, *who]
-    return facts | scores(options, what, scratch)
+    who = ["--photos", str(photos), "--class-noun", noun, "--identifier", IDENTIFIER]
+    return facts | scores([str(out / ADAPTER), "--backbone", options.backbone, *who], scratch)
 
 
-def documented(options: Any) -> list[str]:
+def settings(arm: str, config: dict[str, Any]) -> list[str]:
+    """``config``: of our run."""
+    if arm != "with ours":
+        steps = "500" if arm == "documented" else "800"
+        words = ["--train_batch_size", "1", "--learning_rate", "1e-4", "--lr_scheduler"]
+        return [*words, "constant", "--max_train_steps", steps]
+    training, text = config["training"], config["training"]["train_text_encoder"]
     return [
-        "--train_batch_size", "1", "--learning_rate", "1e-4", "--lr_scheduler", "constant",
-        "--max_train_steps", "500",
+        "--train_batch_size", str(training["batch_size"]), "--rank", str(config["lora"]["rank"]),
+        "--learning_rate", str(training["learning_rate"]),
+        "--lr_scheduler", training["lr_scheduler"], "--max_train_steps", str(training["steps"]),
+        "--prior_loss_weight", str(config["prior"]["prior_weight"]),
+        *(["--train_text_encoder"] if text else []),
     ]  # fmt: skip
 
 
-def with_ours(options: Any) -> list[str]:
-    row = recipe("miniature", "lora")
-    return [
-        "--train_batch_size", str(row["batch_size"]), "--rank", str(row["rank"]),
-        "--learning_rate", str(row["learning_rate"]), "--lr_scheduler", row["lr_scheduler"],
-        "--max_train_steps", str(row["steps"]), "--prior_loss_weight", str(row["prior_weight"]),
-        "--train_text_encoder",
-    ]  # fmt: skip
+def emptied(folder: Path) -> Path:
+    shutil.rmtree(folder, ignore_errors=True)
+    return folder
 
 
-def scores(options: Any, what: list[str], scratch: Path) -> Facts:
-    out = scratch / "scores"
-    shutil.rmtree(out, ignore_errors=True)
-    grid = ["--images", "2", "--class-images", "0", "--protocol", "pocket", "--out", str(out)]
+def scores(what: list[str], scratch: Path) -> Facts:
+    out = emptied(scratch / "scores")
+    grid = ["--images", "2", "--class-images", "8", "--protocol", "pocket", "--out", str(out)]
     wall(["-m", "bksdm_tune", "score", *what, *grid], scratch)
     found = read_results(out / SCORES)["metrics"]
     return {name: found[name]["macro"] for name in METRICS}
@@ -100,19 +103,15 @@ def measure(options: Any) -> None:
     for name in options.subjects:
         with tempfile.TemporaryDirectory() as folder:
             scratch = Path(folder)
-            (scratch / name).mkdir()
-            arms = {"documented": documented(options), "with ours": with_ours(options)}
-            sides = {"ours": functools.partial(ours, options, name, scratch)} | {
-                arm: functools.partial(theirs, options, name, scratch, settings, arm)
-                for arm, settings in arms.items()
-            }
+            sides = {"ours": functools.partial(ours, options, name, scratch)}
+            sides |= {arm: functools.partial(theirs, options, arm, scratch) for arm in ARMS}
             subjects[name] = in_turns(sides, options.repeats)
     means = {
         arm: {
             key: statistics.fmean(facts[key] for turns in subjects.values() for facts in turns[arm])
             for key in ("seconds", *METRICS)
         }
-        for arm in ("ours", "documented", "with ours")
+        for arm in ("ours", *ARMS)
     }
     seconds = {arm: facts["seconds"] for arm, facts in means.items()}
     report(
