@@ -115,7 +115,7 @@ def kohya(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         name = f"{part}_{module.split('.', 1)[1].replace('.', '_')}"
         found[f"{name}.{sides[side]}.weight"] = value
         if sides[side] == "lora_down":
-            found[f"{name}.alpha"] = torch.tensor(float(len(value)))
+            found[f"{name}.alpha"] = torch.tensor(len(value))  # an integer, as diffusers writes it
     return found
 
 
@@ -127,6 +127,17 @@ def photos_of(run: dict[str, Any], folder: Path) -> Path:
     shutil.copytree(source, folder / "dog")
     (folder / "dog/manifest.json").unlink(missing_ok=True)
     return folder / "dog"
+
+
+def test_an_adapter_of_another_backbone_leaves_nothing(
+    run: dict[str, Any], tmp_path: Path, capsys: Any
+) -> None:
+    flags = ["--backbone", "pocket-tiny", "--photos", str(photos_of(run, tmp_path))]
+    flags += ["--class-noun", "dog", "--identifier", "sks11df"]
+    out = tmp_path / "out"
+    assert main(command(run, run["run"] / LORA, out, *flags)) == 3
+    assert [path.name for path in out.iterdir()] == ["errors.txt"]
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_adapter_that_says_nothing(run: dict[str, Any], tmp_path: Path, capsys: Any) -> None:

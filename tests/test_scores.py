@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import random
+import shutil
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ import jsonschema
 import numpy as np
 import pyarrow.parquet
 import pytest
+from safetensors.torch import load_file, save_file
 
 import scoring
 from bksdm_tune.cli import main
+from bksdm_tune.errors import DataError
 from bksdm_tune.evaluate import subject_scores
+from bksdm_tune.evaluate.compare import compare
 from bksdm_tune.evaluate.protocols import load_judges
+from bksdm_tune.evaluate.results import fingerprint
 from bksdm_tune.evaluate.score import score
+from bksdm_tune.evaluate.subject_scores import unit
 
 METRICS = ("dino", "clip_i", "clip_t", "pres")
 
@@ -189,6 +195,7 @@ FAULTS: dict[str, tuple[Any, str]] = {
     "no photos": (lambda f, rows: rows.__delitem__(slice(0, 2)), "subject dog has no reference"),
     "role": (lambda f, rows: rows[3].update(role="fake"), "line 4: role is 'fake', not one of"),
     "group": (lambda f, rows: rows[3].update(group="toy"), "line 4: group is 'toy'"),
+    "long name": (lambda f, rows: rows[0].update(path="x" * 300), "line 1: xxx"),
     "template": (lambda f, rows: rows[3].update(prompt_template="a dog"), "class noun, {1}"),
 }  # fmt: skip
 
@@ -212,10 +219,11 @@ def test_faults_are_one_line_each(
     assert message in (out / "errors.txt").read_text()
 
 
-def test_a_line_that_is_no_json(copy: Any, judges: Any, capsys: Any) -> None:
+@pytest.mark.parametrize("line", ["{half", "[" * 100_000, '{"seed": ' + "1" * 5000 + "}"])
+def test_a_line_that_is_no_json(copy: Any, judges: Any, line: str, capsys: Any) -> None:
     folder, rows = copy
     manifest = scoring.write(folder, rows)
-    manifest.write_text(manifest.read_text() + "{half\n")
+    manifest.write_text(f"{manifest.read_text()}{line}\n")
     assert main(command(manifest, judges, folder / "out")) == 3
     assert f"line {len(rows) + 1}: " in capsys.readouterr().err
 
@@ -237,9 +245,23 @@ def test_missing_pictures(copy: Any, judges: Any, how: str, capsys: Any) -> None
     result = json.loads((out / "scores.json").read_text())
     assert not result["complete"] and len(result["exclusions"]) >= 1
     assert result["counts"]["generated"] == 9
-    assert "dog, prompt p1: 0 of 1" in str(result["exclusions"]) or lost["path"] in str(
-        result["exclusions"]
+    told = str(result["exclusions"])
+    assert "subject dog: 0 of 1 pictures of prompt p1" in told or lost["path"] in told
+
+
+def test_holes_have_the_subjects_line(copy: Any, judges: Any, capsys: Any) -> None:
+    folder, rows = copy
+    lost, drawn = rows.pop(3), next(row for row in rows if row["role"] == "generated")
+    assert lost["subject_id"] == drawn["subject_id"] == "dog"
+    facts = {name: drawn[name] for name in ("subject_id", "path", "class_noun", "seed")}
+    rows.append({"role": "class_prior"} | facts)
+    other, line = next(
+        (r["subject_id"], n) for n, r in enumerate(rows, 1) if "dog" != r["subject_id"]
     )
+    assert main(command(scoring.write(folder, rows), judges, folder / "out")) == 3
+    said = capsys.readouterr().err
+    assert "line 1: subject dog: 0 of 1 pictures of prompt p1" in said
+    assert f"line {places[other]}: subject {other}: 0 of 1 pictures of the class" in said
 
 
 def test_black_and_copied_pictures_are_flagged(copy: Any, judges: Any) -> None:
@@ -316,6 +338,62 @@ def test_exclusions_do_not_depend_on_the_order(copy: Any, judges: Any) -> None:
         assert main(words) == 4
         texts.append((out / "scores.json").read_bytes())
     assert texts[0] == texts[1] and str(folder).encode() not in texts[0]
+
+
+@pytest.mark.parametrize("flag", ["--dino", "--clip"])
+def test_encoders_without_all_their_weights_are_refused(
+    copy: Any, judges: Any, tmp_path: Path, flag: str, capsys: Any
+) -> None:
+    folder, rows = copy
+    broken = tmp_path / "broken"
+    shutil.copytree(judges[flag == "--clip"], broken)
+    tensors = load_file(broken / "model.safetensors")
+    tensors.pop(
+        next(name for name in tensors if "layer_norm2.weight" in name or "layernorm_after" in name)
+    )
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    words = command(scoring.write(folder, rows), judges, folder / "out")
+    words[words.index(flag) + 1] = str(broken)
+    assert main(words) == 3
+    assert "weights lack" in capsys.readouterr().err
+
+
+def test_a_clip_is_no_dino(copy: Any, judges: Any, capsys: Any) -> None:
+    folder, rows = copy
+    words = command(scoring.write(folder, rows), (judges[1], judges[1]), folder / "out")
+    assert main(words) == 3
+    assert "cannot be loaded as a vision model" in capsys.readouterr().err
+
+
+def test_features_that_are_no_numbers_are_told() -> None:
+    for bad in (np.zeros((2, 3)), np.full((2, 3), np.nan)):
+        with pytest.raises(DataError, match="not finite, or with zeros"):
+            unit(bad)
+
+
+def test_what_both_have_is_compared(
+    world: dict[str, Any], judges: Any, copy: Any, capsys: Any
+) -> None:
+    """A complete result against one that lost a picture: means over what both have."""
+    folder, rows = copy
+    manifest, lost = scoring.write(folder, rows), rows[3]
+    assert main(command(manifest, judges, folder / "a")) == 0
+    (folder / lost["path"]).unlink()
+    assert main(command(manifest, judges, folder / "b", "--on-missing", "partial")) == 4
+    report = compare(folder / "a", folder / "b")
+    for entry in report.values():
+        assert entry["a"] == entry["b"] and entry["difference"] == 0
+    assert report["dino"]["pairs"] == report["dino"]["of"] - 1
+    capsys.readouterr()
+    assert main(["compare", str(folder / "a"), str(folder / "b")]) == 0
+    said = capsys.readouterr().out
+    assert "Protocol custom." in said and "dino: 9 of 10 pictures are in both." in said
+
+
+def test_lpips_makes_no_other_protocol() -> None:
+    facts = {"name": "dreambooth", "dino": "a"}
+    assert fingerprint(facts | {"lpips": None}) == fingerprint(facts | {"lpips": "b"})
+    assert fingerprint(facts) != fingerprint(facts | {"dino": "b"})
 
 
 def test_half_precision_folders_are_used_in_single(judges: Any, tmp_path: Path) -> None:

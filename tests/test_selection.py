@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -73,12 +74,14 @@ def test_the_best_step_is_delivered(
     flags = ["--score-every", "2", "--checkpoint-every", "2", "--keep", "9"]
     assert run(backbone, tmp_path / "run", *flags, "--keep-best") == 0
     manifest = read_manifest(tmp_path / "run")
-    assert manifest["results"]["selection"] == {"scored": [2, 4, 6], "best": 4, "delivered": 4}
+    assert manifest["results"]["selection"] == {
+        "scored": [2, 4, 6], "best": 4, "delivered": 4, "taken": 6,
+    }  # fmt: skip
     delivered = load_file(tmp_path / "run" / LORA)
     for step, same in ((4, True), (6, False)):
         other = load_file(tmp_path / f"run/checkpoint-{step}" / LORA)
         assert all((delivered[key] == other[key]).all() for key in delivered) == same
-    assert "Step 4 is what is here" in (tmp_path / "run/README.md").read_text()
+    assert "Step 4 of 6 taken is what is here" in (tmp_path / "run/README.md").read_text()
 
 
 def test_it_stops_where_nothing_gets_better(
@@ -98,8 +101,10 @@ def test_each_point_is_held_against_the_best_before_it() -> None:
         return Point(step, dino, clip, (0, 1), (clip - 0.05, clip + 0.05))
 
     path = [point(1, 0.3, 0.8), point(2, 0.4, 0.76), point(3, 0.5, 0.7), point(4, 0.45, 0.72)]
-    chosen = best(path)
-    assert chosen is not None and chosen.step == 4  # 3 lost more words than 2's interval allows
+    chosen = best(path)  # 3 lost more words than 2's interval allows, and 4 than 1's
+    assert chosen is not None and chosen.step == 2
+    chosen = best([*path, point(5, 0.41, 0.9)])
+    assert chosen is not None and chosen.step == 5
     assert best([]) is None
 
 
@@ -114,6 +119,16 @@ def test_photos_are_held_out(backbone: Path, tmp_path: Path, capsys: Any) -> Non
     lines = (tmp_path / "run/score/manifest.jsonl").read_text().splitlines()
     photos = [row["path"] for row in map(json.loads, lines) if row["role"] == "reference"]
     assert [Path(path).name for path in photos] == list(parents["held_out"])
+    moved = tmp_path / "moved"  # wherever they lie, what was learned from is no reference
+    shutil.copytree(parents["photo_folder"], moved, ignore=shutil.ignore_patterns("*.json"))
+    there = ["--photos", str(moved), "--out", str(tmp_path / "score")]
+    assert main(["score", str(tmp_path / "run"), *few, *there]) == 0
+    lines = (tmp_path / "score/manifest.jsonl").read_text().splitlines()
+    assert sum('"reference"' in line for line in lines) == 1
+    (moved / next(iter(parents["held_out"]))).unlink()
+    there[-1] = str(tmp_path / "score2")
+    assert main(["score", str(tmp_path / "run"), *few, *there]) == 3
+    assert "was trained on every photo" in capsys.readouterr().err
     assert run(backbone, tmp_path / "none", "--holdout", "5") == 2
     assert "leaves no photo to learn from" in capsys.readouterr().err
 

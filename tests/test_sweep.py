@@ -137,6 +137,22 @@ def test_one_subject_two_methods(swept: Path, parts: Any, tmp_path: Path, capsys
     assert "bk-base" in capsys.readouterr().err
 
 
+def test_arms_without_a_subject_in_common(
+    swept: Path, parts: Any, tmp_path: Path, capsys: Any
+) -> None:
+    """They stand in the table, and their difference says why there is none."""
+    out = tmp_path / "copy"
+    shutil.copytree(swept, out)
+    cells_ = json.loads((out / "cells.json").read_text())
+    kept = [c for c in cells_ if (c["subject"] == "dog") == (c["method"] == "lora")]
+    (out / "cells.json").write_text(json.dumps(kept))
+    assert main(words(parts, out, subjects="dog")) == 0
+    text = (out / "table.md").read_text()
+    assert "| tiny-base-lora | 1 of 1 |" in text and "| tiny-base-full | 2 of 2 |" in text
+    assert "not comparable: The two results have no picture in common." in text
+    assert "not comparable" in (out / "report.html").read_text()
+
+
 def test_another_backbone_of_the_same_name_is_refused(
     swept: Path, parts: Any, tmp_path: Path, capsys: Any
 ) -> None:
@@ -195,6 +211,7 @@ def test_a_bad_subject_costs_its_own_cell(parts: Any, tmp_path: Path, capsys: An
     said = capsys.readouterr().out
     assert "1 cells failed" in said and "can-tiny-base-lora-seed1234: " in said and "3.png" in said
     assert "| 2 of 3 |" in said
+    assert "* can-tiny-base-lora-seed1234: " in (tmp_path / "out/table.md").read_text()
     result = json.loads((tmp_path / "out/arms/tiny-base-lora/scores.json").read_text())
     assert not result["complete"] and "can" in result["exclusions"][0]
     (bad / "3.png").write_bytes(whole)

@@ -136,6 +136,13 @@ def test_only_alike_jobs_are_stacked(backbone: Path, tmp_path: Path) -> None:
         train_together([one, job(backbone, "cat", tmp_path / "a")], tmp_path / "loop")
 
 
+def test_what_would_couple_subjects_is_refused(backbone: Path, tmp_path: Path) -> None:
+    for changes in ({"optimiser": "adafactor"}, {"precision": "fp16"}):
+        two = [job(backbone, name, tmp_path / name, **changes) for name in ("dog", "cat")]
+        with pytest.raises(UsageError, match="make each depend on the others"):
+            train_together(two, tmp_path / "loop")
+
+
 def test_gradients_are_clipped_a_subject_at_a_time() -> None:
     torch.manual_seed(0)
     stacked = [torch.nn.Parameter(torch.zeros(3, 4, 5)), torch.nn.Parameter(torch.zeros(3, 2, 7))]
