@@ -5,6 +5,7 @@
     python scripts/benchmark.py distill    --reference CHECKOUT --data DIR --out FILE.json
     python scripts/benchmark.py generate   --out FILE.json
     python scripts/benchmark.py stack      --out FILE.json
+    python scripts/benchmark.py levers     --out FILE.json
     python scripts/benchmark.py startup    --diffusers CHECKOUT --photos DIR --out FILE.json
 
 Sides take turns; figures are medians over the turns.  Checkouts of huggingface/diffusers and of
@@ -21,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-SUBCOMMANDS = ("dreambooth", "user", "distill", "generate", "stack", "startup")
+SUBCOMMANDS = ("dreambooth", "user", "distill", "generate", "stack", "startup", "levers")
 
 
 def parser() -> argparse.ArgumentParser:

@@ -255,9 +255,8 @@ def test_holes_have_the_subjects_line(copy: Any, judges: Any, capsys: Any) -> No
     assert lost["subject_id"] == drawn["subject_id"] == "dog"
     facts = {name: drawn[name] for name in ("subject_id", "path", "class_noun", "seed")}
     rows.append({"role": "class_prior"} | facts)
-    other, line = next(
-        (r["subject_id"], n) for n, r in enumerate(rows, 1) if "dog" != r["subject_id"]
-    )
+    places = {row["subject_id"]: len(rows) - n for n, row in enumerate(reversed(rows))}
+    other = next(name for name in places if name != "dog")
     assert main(command(scoring.write(folder, rows), judges, folder / "out")) == 3
     said = capsys.readouterr().err
     assert "line 1: subject dog: 0 of 1 pictures of prompt p1" in said

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from bksdm_tune.device import best_device
-from bksdm_tune.dreambooth.config import Config, Model, Output, Who
+from bksdm_tune.dreambooth.config import Config, Model, Output, PriorPreservation, Who
 from bksdm_tune.dreambooth.job import Job, prepare
 from bksdm_tune.dreambooth.train import load
 from bksdm_tune.optim import make_all
@@ -31,11 +31,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=32)
 
 
-def jobs(backbone: str, count: int) -> list[Job]:
+def jobs(
+    backbone: str, count: int, lora: bool = True, prior: PriorPreservation | None = None
+) -> list[Job]:
     names = list(SUBJECTS)[:count]
     output = Output(Path("unused"), preview_prompts=())
     return [
-        prepare(Config(Who(name), Model(backbone, lora=True), output=output), best_device())
+        prepare(
+            Config(
+                Who(name),
+                Model(backbone, lora=lora),
+                prior=prior or PriorPreservation(),
+                output=output,
+            ),
+            best_device(),
+        )
         for name in names
     ]
 
@@ -43,8 +53,14 @@ def jobs(backbone: str, count: int) -> list[Job]:
 class Stepper:
     """A loaded training that takes steps as the loop does."""
 
-    def __init__(self, backbone: str, count: int) -> None:
-        members = jobs(backbone, count)
+    def __init__(
+        self,
+        backbone: str,
+        count: int,
+        lora: bool = True,
+        prior: PriorPreservation | None = None,
+    ) -> None:
+        members = jobs(backbone, count, lora, prior)
         self.training, self.device = members[0].config.training, members[0].device
         self.learner = load(members)
         groups = self.learner.trainable.parameter_groups()

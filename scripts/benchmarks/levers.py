@@ -1,0 +1,107 @@
+"""What each lever of the DreamBooth step is worth: the step with all of them, and without one.
+
+``as it is``            the default LoRA step of the backbone
+``PEFT's forward``      LoRA layers as PEFT runs them, and switched off as it does for eps_0
+``side paths``          our forward, nothing folded
+``eps_0 one by one``    no micro-batches ahead
+``contiguous``          the U-Net not channels last
+``no prior``            a step without prior preservation, for comparison: less work
+
+Models and data are loaded before the clock starts; every side takes its turn in one process.
+``--full`` tunes all weights, where only the last three apply.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+from unittest import mock
+
+import torch
+
+from bksdm_tune import adapted
+from bksdm_tune.adapters import injected
+from bksdm_tune.dreambooth.config import PriorPreservation
+from scripts.benchmarks.common import report
+from scripts.benchmarks.stack import Stepper
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="pocket-base")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--steps", type=int, default=32, help="a turn")
+
+
+def as_pefts(stepper: Stepper) -> None:
+    """PEFT's forward, and its way to switch an adapter off."""
+    unet = stepper.learner.unet
+    for model in (unet, stepper.learner.text_encoder):
+        for layer in [] if model is None else injected(model):
+            del layer.forward
+
+    @contextmanager
+    def off() -> Any:
+        unet.disable_adapters()
+        try:
+            yield
+        finally:
+            unet.enable_adapters()
+
+    predict = stepper.learner.batches.untuned
+    assert predict is not None
+
+    def untuned(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        with off():
+            return predict(noisy, timesteps)
+
+    change(stepper, untuned=untuned)
+
+
+def one_by_one(stepper: Stepper) -> None:
+    change(stepper, window=1)
+
+
+def contiguous(stepper: Stepper) -> None:
+    stepper.learner.unet.to(memory_format=torch.contiguous_format)
+
+
+def change(stepper: Stepper, **parts: Any) -> None:
+    stepper.learner = replace(stepper.learner, batches=replace(stepper.learner.batches, **parts))
+    stepper.stream = stepper.learner.batches(0)
+
+
+def unchanged(stepper: Stepper) -> None:
+    pass
+
+
+def measure(options: Any) -> None:
+    lora = not options.full
+    changes: dict[str, Callable[[Stepper], None]] = {"as it is": unchanged}
+    if lora:
+        changes |= {"PEFT's forward": as_pefts, "side paths": unchanged}
+    changes |= {"eps_0 one by one": one_by_one, "contiguous": contiguous}
+    steppers = {name: Stepper(options.backbone, 1, lora) for name in changes}
+    for name, change_ in changes.items():
+        change_(steppers[name])
+    steppers["no prior"] = Stepper(options.backbone, 1, lora, PriorPreservation("none"))
+    seconds: dict[str, list[float]] = {name: [] for name in steppers}
+    for turn in range(options.repeats + 1):
+        for name, stepper in steppers.items():
+            fold = 0 if name == "side paths" else adapted.FOLD_UP_TO
+            with mock.patch.object(adapted, "FOLD_UP_TO", fold):
+                mean = statistics.fmean(stepper.step() for _ in range(options.steps))
+            if turn:  # the first warms up
+                seconds[name].append(mean)
+    middle = {name: statistics.median(values) for name, values in seconds.items()}
+    report(
+        options,
+        {
+            "seconds_a_step": middle,
+            "over_as_it_is": {n: value / middle["as it is"] for n, value in middle.items()},
+            "turns": seconds,
+        },
+    )
