@@ -19,8 +19,11 @@ import pytest
 
 import scoring
 from bksdm_tune.cli import main
+from bksdm_tune.dreambooth import together
+from bksdm_tune.sweep import engines
 from bksdm_tune.sweep.cells import cells, tasks
 from bksdm_tune.sweep.config import Config
+from bksdm_tune.sweep.work import do
 from subjects.catalogue import SUBJECTS
 from tiny import make_pipeline
 
@@ -194,6 +197,29 @@ def test_a_lost_score_costs_no_training(swept: Path, parts: Any, tmp_path: Path)
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
     assert json.loads((lost / "cell.json").read_text())["trained_together"] == 1
     assert len(list(out.glob("cells/*/cell.json"))) == 6
+
+
+def test_a_stack_interrupted_while_it_leaves_its_runs_goes_on(
+    parts: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The members that have their runs by then stay in it, though they are done."""
+    here = lambda tasks, out, workers: ((task, do(out, task)) for task in tasks)  # noqa: E731
+    monkeypatch.setitem(engines.ENGINES, "local", here)
+    leave = together.leave
+
+    def breaks(job: Any, number: int, *rest: Any) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+        leave(job, number, *rest)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as once:
+        once.setattr(together, "leave", breaks)
+        assert main(words(parts, out)) == 130
+    assert len(list(out.glob("cells/*/run/manifest.json"))) == 1
+    assert main(words(parts, out)) == 0
+    facts = [json.loads(path.read_text()) for path in out.glob("cells/*/cell.json")]
+    assert [fact["trained_together"] for fact in facts] == [3, 3, 3]
 
 
 def test_a_bad_subject_costs_its_own_cell(parts: Any, tmp_path: Path, capsys: Any) -> None:
