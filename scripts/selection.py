@@ -3,8 +3,8 @@
     python scripts/selection.py --out DIR [--subjects dog can ...] [--every 100]
 
 Every subject is trained once with scores on the way; the chosen and the last step are then scored
-on the whole benchmark grid, whose noises the choice never saw, and compared (bksdm-tune compare).
-Resumable.
+on the whole benchmark grid, whose noises the choice never saw, and compared (bksdm-tune compare);
+and again on those prompts alone that the choice never saw.  Resumable.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from bksdm_tune.cli import main as command
 from bksdm_tune.evaluate.compare import compare
 from bksdm_tune.evaluate.results import SCORES, read_results
 from bksdm_tune.evaluate.score import summarise, write
+from bksdm_tune.evaluate.watch import EVERY_THIRD
 from bksdm_tune.resolve import ADAPTER
 from bksdm_tune.sweep.table import rows_of
 
@@ -57,14 +58,18 @@ def measure(name: str, options: Any) -> None:
             run(["score", str(folder / arm), "--protocol", "pocket"])
 
 
-def gather(options: Any, arm: str) -> Path:
+def gather(options: Any, arm: str, unseen: bool) -> Path:
+    """One result over all subjects; ``unseen``: without the prompts that the choice went by."""
     rows = []
     for name in options.subjects:
         rows += rows_of(options.out / name / arm / "score", options.out, 0)
+    if unseen:
+        rows = [row for row in rows if not row["prompt_id"] or int(row["prompt_id"]) % EVERY_THIRD]
     first = read_results(options.out / options.subjects[0] / arm / "score")
     result = summarise(rows, first["protocol"], arm, [], None, first["metrics"]["div"]["reason"])
-    write(options.out / "arms" / arm, rows, result, options.out)
-    return options.out / "arms" / arm
+    folder = options.out / "arms" / f"{arm}{'-unseen' if unseen else ''}"
+    write(folder, rows, result, options.out)
+    return folder
 
 
 def main() -> None:
@@ -81,8 +86,10 @@ def main() -> None:
         measure(name, options)
         selection = read_manifest(options.out / name / "best")["results"]["selection"]
         delivered[name] = selection["delivered"]
-    report = compare(gather(options, "last"), gather(options, "best"))
-    summary = {"delivered_step": delivered, "best_minus_last": report}
+    summary: dict[str, Any] = {"delivered_step": delivered}
+    for name, unseen in (("best_minus_last", False), ("on_prompts_never_seen", True)):
+        arms = (gather(options, arm, unseen) for arm in ("last", "best"))
+        summary[name] = compare(*arms)
     (options.out / "selection.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(json.dumps(summary, indent=2))
 
