@@ -200,5 +200,5 @@ def provenance_in(path: Path, metadata: dict[str, str]) -> Provenance | None:
         return None
     try:
         return Provenance(**json.loads(metadata[PROVENANCE]))
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, RecursionError):
         raise DataError(f"{path} has metadata of this program that it cannot read.") from None

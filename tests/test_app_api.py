@@ -256,10 +256,10 @@ def test_three_hundred_hostile_requests(
     for settings in bad_settings():
         refuses(settings, api_name="/draw")
     for form in bad_forms():
-        refuses(photos, form, api_name="/train")
+        refuses(photos[:3], form, api_name="/train")
     for value in (None, 5, "x", [], [1], {}):
         refuses(value, api_name="/draw")
-        refuses(photos, value, api_name="/train")
+        refuses(photos[:3], value, api_name="/train")
     for file in bad_adapters(tmp_path / "adapters"):
         refuses(handle_file(file), "pocket-tiny", "Bad", "x", api_name="/import")
     good = place / "library/rex/pytorch_lora_weights.safetensors"

@@ -295,6 +295,50 @@ def test_what_a_partial_file_says_of_itself_decides(tmp_path: Path) -> None:
         fit.check(tmp_path / "a.safetensors", fit.config_of("bk-base"))
 
 
+@pytest.mark.parametrize("made_for", ["sd-v1", "bk-base", "bk-small", "bk-tiny"])
+def test_kohyas_family_does_not_hide_the_student(tmp_path: Path, made_for: str) -> None:
+    """Kohya's metadata has no word for a compressed U-Net; its layers tell."""
+    path = tmp_path / "a.safetensors"
+    told = {"ss_base_model_version": "sd_v1"}
+    save_file(layouts.kohya_tensors(make(made_for).updates.items()), path, told)
+    same = {"bk-small": "bk-tiny", "bk-tiny": "bk-small"}.get(made_for)
+    for here in ("sd-v1", "bk-base", "bk-small", "bk-tiny"):
+        if here in (made_for, same) and fit.known_shapes(here) == fit.known_shapes(made_for):
+            fit.check(path, fit.config_of(here))
+        elif here != made_for:
+            with pytest.raises(DataError, match=f"made for .*{made_for}"):
+                fit.check(path, fit.config_of(here))
+
+
+@pytest.mark.parametrize(
+    "metadata",
+    [
+        {"bksdm_tune": "{"}, {"bksdm_tune": "[]"}, {"bksdm_tune": "{}"},
+        {"bksdm_tune": "[" * 100_000},
+        {"lora_adapter_metadata": "{"}, {"lora_adapter_metadata": "[" * 100_000},
+        {"lora_adapter_metadata": '{"unet.lora_alpha": NaN}'},
+        {"lora_adapter_metadata": '{"unet.alpha_pattern": {"(": 3}}'},
+    ],
+)  # fmt: skip
+def test_odd_metadata_is_one_line(tmp_path: Path, metadata: dict[str, str], capsys: Any) -> None:
+    path, out = tmp_path / "a.safetensors", str(tmp_path / "b.safetensors")
+    save_file(layouts.diffusers_tensors(make("pocket-tiny")), path, metadata)
+    for words in (["info"], ["check", "--backbone", "pocket-tiny"],
+                  ["resize", "--rank", "1", "--out", out]):  # fmt: skip
+        assert main(["adapter", words[0], str(path), *words[1:]]) == 3
+        error = capsys.readouterr().err
+        assert "a.safetensors" in error and "Traceback" not in error
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file(layouts.diffusers_tensors(make("pocket-tiny")), path)
+    before = path.read_bytes()
+    assert main(["adapter", "resize", str(path), "--rank", "1", "--out", str(path)]) == 2
+    assert main(["adapter", "merge", str(path), str(path), "--out", str(path)]) == 2
+    assert "is there already" in capsys.readouterr().err and path.read_bytes() == before
+
+
 def test_lycoris_on_three_by_three_convolutions(tmp_path: Path) -> None:
     """LoHa and LoKr keep them flat; folded in, each kernel has its own numbers."""
     from bksdm_tune.lora.fold import fold

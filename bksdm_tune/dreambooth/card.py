@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from bksdm_tune.backbones import EMBEDDED
@@ -18,11 +19,11 @@ CARD = """\
 license: {licence_id}
 library_name: diffusers
 pipeline_tag: text-to-image
-base_model: {base}
-instance_prompt: {instance}
+base_model: {quoted_base}
+instance_prompt: {quoted_instance}
 tags: [dreambooth, bk-sdm, {method}]
 widget:
-- text: {widget}
+- text: {quoted_widget}
 ---
 # {trigger}: DreamBooth ({method}) on {backbone}
 
@@ -82,6 +83,9 @@ def card(job: Job, results: dict[str, Any]) -> str:
         licence=licence,
         notice=notice,
         base=base,
+        quoted_base=json.dumps(base),  # a JSON text is a YAML text, whatever is in it
+        quoted_instance=json.dumps(job.instance_prompt),
+        quoted_widget=json.dumps(f"a {job.trigger} in the snow"),
         usage=usage,
         method=job.method,
         trigger=job.trigger,

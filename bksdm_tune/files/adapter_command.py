@@ -107,22 +107,27 @@ def describe(path: Path) -> dict[str, Any]:
     from bksdm_tune.lora.adapter import facts
 
     adapter = layouts.read(path)
-    stated = fit.said(adapter)
+    try:
+        stated, words = fit.said(adapter), trigger(adapter.metadata)
+    except DataError as error:
+        raise DataError(f"{path} {error}.") from None
     return (
         {"file": str(path)}
         | facts(adapter)
         | {
             "made_for": [stated] if stated else fit.inferred(adapter),
             "known_from": "its metadata" if stated else "its layers",
-            "trigger": trigger(adapter.metadata),
+            "trigger": words,
         }
     )
 
 
 def trigger(metadata: dict[str, str]) -> str | None:
     """The words that call what was learned, where a file says them."""
+    from bksdm_tune.lora.fit import record
+
     if "bksdm_tune" in metadata:
-        return str(json.loads(metadata["bksdm_tune"])["trigger"])
+        return record(metadata)["trigger"]
     return metadata.get("modelspec.trigger_phrase") or None
 
 
@@ -147,6 +152,7 @@ def merge(config: Merge) -> None:
     from bksdm_tune.lora import adapter as adapters
     from bksdm_tune.lora import layouts
 
+    check_free(config.out)
     weights = config.weights or (1.0,) * len(config.files)
     if len(config.files) < 2 or len(weights) != len(config.files):
         raise UsageError(
@@ -163,6 +169,12 @@ def merge(config: Merge) -> None:
     whole = adapters.merge(given, list(weights))
     write_adapter(config.out, whole, "diffusers", provenance_of(names.pop(), None, "merge"))
     print(f"Wrote {config.out}: rank {max(u.rank for u in whole.updates.values())}.")
+
+
+def check_free(out: Path) -> None:
+    """Raise UsageError if something lies there."""
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another --out.")
 
 
 def architecture_of(path: Path, adapter: Any) -> str:
@@ -190,6 +202,7 @@ def resize(config: Resize) -> None:
     from bksdm_tune.lora import adapter as adapters
     from bksdm_tune.lora import layouts
 
+    check_free(config.out)
     given = layouts.read(config.file)
     made_from = None
     if given.of("unet"):  # nothing else says which U-Net it is for

@@ -215,8 +215,8 @@ def check_signature(name: str, spec: Any, program: Program) -> None:
     kinds = {operation.type for operation in operations(spec)}
     if name == "Unet" and ("einsum" not in kinds or "scaled_dot_product_attention" in kinds):
         raise DataError("The U-Net's attention was not split; nothing was written.")
-    if name == "Unet" and PALETTE not in kinds:
-        raise DataError("The U-Net has no palettised weights; nothing was written.")
+    if PALETTE not in kinds:
+        raise DataError(f"{name} has no palettised weights; nothing was written.")
 
 
 def operations(spec: Any) -> Iterator[Any]:

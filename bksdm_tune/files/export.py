@@ -74,6 +74,8 @@ def export(source: Source, name: str, out: Path) -> dict[str, float]:
     if out.exists():
         raise UsageError(f"{out} is there already; choose another --out.")
     made = FORMATS[name]
+    if not made.folder and out.suffix != ".safetensors":
+        raise UsageError(f"--out {out} is a safetensors file here; its name must end so.")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:
         target = Path(scratch) / out.name
@@ -149,6 +151,7 @@ def read_lora(source: Source, target: Path) -> Answers:
 def write_peft(source: Source, target: Path) -> None:
     """A PEFT folder for each part."""
     adapter = layouts.read(source.adapter)
+    adapter.check_plain("A PEFT folder")
     metadata = json.loads(layouts.diffusers_metadata(adapter)["lora_adapter_metadata"])
     for part in (UNET, TEXT):
         if not adapter.of(part):

@@ -28,6 +28,7 @@ from bksdm_tune.errors import DataError
 from bksdm_tune.loop import LoopSettings, fit, shuffled
 from bksdm_tune.lora import layouts
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
+from bksdm_tune.lora.fit import check
 from bksdm_tune.optim import make_optimiser, make_schedule
 from bksdm_tune.pipeline import Shot, draw, load_part, load_pipeline
 from bksdm_tune.pipeline_folder import native_resolution
@@ -62,13 +63,15 @@ def heal(healing: Healing, folder: Path) -> Adapter:
     Raises:
         DataError: the adapters do not fit, or the loss is not finite.
     """
+    plan = recognise_plan(unet_config(healing.student))
+    if plan is None:
+        raise DataError(f"{healing.student.name} is no Base, Small or Tiny student.")
+    assert healing.student.adapter is not None
+    check(healing.student.adapter, unet_config(healing.student))
     torch.manual_seed(SEED)
     teacher = load_pipeline(healing.teacher, healing.device)
     latents, embeds = drawn(healing, teacher)
     student = load_trainable(healing)
-    plan = recognise_plan(unet_config(healing.student))
-    if plan is None:
-        raise DataError(f"{healing.student.name} is no Base, Small or Tiny student.")
     scheduler = training_scheduler(dict(load_part(healing.teacher, "scheduler").config))
     pairs = feature_pairs(unet_config(healing.teacher), plan)
     objective = Distillation(student, teacher.unet, Noising(scheduler), pairs, lambda_task=0.0)

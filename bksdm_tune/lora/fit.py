@@ -145,11 +145,34 @@ def _all_layers(adapter: Adapter, shapes: Mapping[str, Shape]) -> bool:
 
 
 def said(adapter: Adapter) -> str | None:
-    """The architecture that the file's own metadata names."""
+    """The architecture that the file's own metadata names.  Kohya's names the family alone: where
+    exactly one member has exactly the adapter's layers, it is for that one.
+
+    Raises:
+        DataError: the metadata of this program cannot be read.
+    """
     if PROVENANCE in adapter.metadata:
-        return name_of(json.loads(adapter.metadata[PROVENANCE])["architecture"])
+        return name_of(record(adapter.metadata)["architecture"])
     version = adapter.metadata.get("ss_base_model_version", "")
-    return {"sd_v1": "sd-v1", "sd_v2": "sd-v2"}.get(version[:5])
+    stated = {"sd_v1": "sd-v1", "sd_v2": "sd-v2"}.get(version[:5])
+    if stated is None:
+        return None
+    family = ARCHITECTURES[stated][0]
+    own = [name for name in exactly(adapter) if ARCHITECTURES[name][0] == family]
+    return own[0] if len(own) == 1 else stated
+
+
+def record(metadata: Mapping[str, str]) -> dict[str, str]:
+    """This program's record in a file's metadata.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        found = json.loads(metadata[PROVENANCE])
+        return {name: str(found[name]) for name in ("architecture", "trigger")}
+    except (ValueError, TypeError, KeyError, RecursionError):
+        raise DataError("has metadata of this program that it cannot read") from None
 
 
 def inferred(adapter: Adapter) -> list[str]:
@@ -158,8 +181,16 @@ def inferred(adapter: Adapter) -> list[str]:
     Fitting is not enough: the layers of a compressed U-Net have names that the teacher has too.
     Where none has exactly these layers, those that fit at all.
     """
-    fitting = [name for name in ARCHITECTURES if not misfits(adapter, known_shapes(name))]
-    return [name for name in fitting if _all_layers(adapter, known_shapes(name))] or fitting
+    return exactly(adapter) or fitting(adapter)
+
+
+def fitting(adapter: Adapter) -> list[str]:
+    return [name for name in ARCHITECTURES if not misfits(adapter, known_shapes(name))]
+
+
+def exactly(adapter: Adapter) -> list[str]:
+    """Of those that fit, those without other layers of the adapter's kinds."""
+    return [name for name in fitting(adapter) if _all_layers(adapter, known_shapes(name))]
 
 
 def _end(path: str) -> str:

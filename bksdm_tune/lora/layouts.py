@@ -9,6 +9,7 @@ kohya        lora_unet_<path with _>.lora_down.weight, lora_te_..., with .alpha;
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
@@ -219,7 +220,11 @@ class Said:
         try:
             pairs = tuple((str(name), float(value)) for name, value in pattern.items())
             whole = None if alpha is None else float(alpha)
-        except (AttributeError, TypeError, ValueError):
+            if not all(map(math.isfinite, [whole or 0.0, *(value for _, value in pairs)])):
+                raise ValueError
+            for name, _ in pairs:
+                re.compile(name)
+        except (AttributeError, TypeError, ValueError, re.error, RecursionError):
             raise DataError(f"has alphas that are none: {alpha!r:.40}, {pattern!r:.80}.") from None
         return Said(whole, pairs, bool(config.get(f"{prefix}use_rslora")))
 
@@ -238,8 +243,8 @@ def said_by(metadata: dict[str, str]) -> dict[str, Said]:
     """From diffusers' ``lora_adapter_metadata``, by part."""
     try:
         said = json.loads(metadata.get("lora_adapter_metadata", "{}"))
-    except json.JSONDecodeError:
-        return {}
+    except (ValueError, RecursionError):
+        raise DataError("has a lora_adapter_metadata that is no JSON.") from None
     if not isinstance(said, dict):
         raise DataError("has a lora_adapter_metadata that is no object.")
     return {part: Said.of(said, f"{part}.") for part in (UNET, TEXT)}
