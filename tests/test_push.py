@@ -56,7 +56,7 @@ def test_a_run_arrives_whole(hub: Hub, run: Path) -> None:
     assert not any(name.startswith(("samples", "score", "checkpoint")) for name in files)
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "## Scores" in card and "| dino | " in card
-    assert "base_model:" in card and "instance_prompt: \"a sks11df dog\"" in card
+    assert "base_model:" in card and 'instance_prompt: "a sks11df dog"' in card
 
 
 def test_a_dry_run_sends_nothing(hub: Hub, run: Path) -> None:
