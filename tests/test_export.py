@@ -142,8 +142,12 @@ def test_a_full_run_as_one_file_and_as_a_lora(runs: Any, tmp_path: Path, capsys:
     assert shares[0] == pytest.approx(100, abs=0.01) and 10 < shares[1] < 99
     one = ["export", str(run), "--format", "single-file", "--dtype", "fp32"]
     assert main([*one, "--out", str(tmp_path / "whole.safetensors")]) == 0
-    assert main(["export", str(run), "--format", "kohya", "--out", str(tmp_path / "x")]) == 2
-    assert "--format svd" in capsys.readouterr().err and not (tmp_path / "x").exists()
+    out = tmp_path / "x.safetensors"
+    assert main(["export", str(run), "--format", "kohya", "--out", str(out)]) == 2
+    assert "--format svd" in capsys.readouterr().err and not out.exists()
+    pickle = tmp_path / "x.ckpt"  # is not what would be in it
+    assert main(["export", str(run), "--format", "single-file", "--out", str(pickle)]) == 2
+    assert "must end so" in capsys.readouterr().err and not pickle.exists()
 
 
 def test_a_file_that_answers_differently_is_not_left(
