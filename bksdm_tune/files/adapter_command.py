@@ -148,7 +148,7 @@ def check(config: Check) -> None:
 
 
 def merge(config: Merge) -> None:
-    from bksdm_tune.files.write import write_adapter
+    from bksdm_tune.files.write import check_free, write_adapter
     from bksdm_tune.lora import adapter as adapters
     from bksdm_tune.lora import layouts
 
@@ -169,12 +169,6 @@ def merge(config: Merge) -> None:
     whole = adapters.merge(given, list(weights))
     write_adapter(config.out, whole, "diffusers", provenance_of(names.pop(), None, "merge"))
     print(f"Wrote {config.out}: rank {max(u.rank for u in whole.updates.values())}.")
-
-
-def check_free(out: Path) -> None:
-    """Raise UsageError if something lies there."""
-    if out.exists():
-        raise UsageError(f"{out} is there already; choose another --out.")
 
 
 def architecture_of(path: Path, adapter: Any) -> str:
@@ -198,7 +192,7 @@ def provenance_of(name: str, made_from: str | None, how: str) -> Any:
 
 
 def resize(config: Resize) -> None:
-    from bksdm_tune.files.write import write_adapter
+    from bksdm_tune.files.write import check_free, write_adapter
     from bksdm_tune.lora import adapter as adapters
     from bksdm_tune.lora import layouts
 

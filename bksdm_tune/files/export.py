@@ -22,7 +22,7 @@ from bksdm_tune.adapters import Provenance, read_provenance
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.files import coreml_format, ldm, onnx_format
 from bksdm_tune.files.answers import Answers, apart, ask
-from bksdm_tune.files.write import write_adapter
+from bksdm_tune.files.write import check_free, write_adapter
 from bksdm_tune.lora import fit, layouts
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update, resized
 from bksdm_tune.lora.fold import fold
@@ -71,8 +71,7 @@ def export(source: Source, name: str, out: Path) -> dict[str, float]:
         UsageError: ``out`` is there already, or the format is not for this source.
         DataError: the file answers differently; nothing is left.
     """
-    if out.exists():
-        raise UsageError(f"{out} is there already; choose another --out.")
+    check_free(out)
     made = FORMATS[name]
     if not made.folder and out.suffix != ".safetensors":
         raise UsageError(f"--out {out} is a safetensors file here; its name must end so.")

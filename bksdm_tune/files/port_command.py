@@ -50,11 +50,10 @@ def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune port")
     from bksdm_tune.files.adapter_command import architecture_of, provenance_of, trigger
     from bksdm_tune.files.port import port
-    from bksdm_tune.files.write import write_adapter
+    from bksdm_tune.files.write import check_free, write_adapter
     from bksdm_tune.lora import layouts
 
-    if config.out.exists():
-        raise UsageError(f"{config.out} is there already; choose another --out.")
+    check_free(config.out)
     adapter = layouts.read(config.file)
     target = known(config.to, "--to")
     source = known(config.source, "--from") if config.source else None

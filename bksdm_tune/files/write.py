@@ -10,11 +10,17 @@ import torch
 from safetensors.torch import save
 
 from bksdm_tune.adapters import PROVENANCE, Provenance, canonical
-from bksdm_tune.errors import DataError
+from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.lora import layouts
 from bksdm_tune.lora.adapter import Adapter
 
 TOLERANCE = 1e-6
+
+
+def check_free(out: Path) -> None:
+    """Raise UsageError if something lies there."""
+    if out.exists():
+        raise UsageError(f"{out} is there already; choose another --out.")
 
 
 def write_adapter(

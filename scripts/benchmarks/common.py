@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from bksdm_tune.artifacts import versions
 from bksdm_tune.precision import choose
@@ -94,6 +95,25 @@ def matrix_rate() -> float:
     dtype = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     left, right = torch.randn(2, side, side, device=device(), dtype=dtype)
     return 2 * side**3 / median_seconds(lambda: left @ right)
+
+
+def report_steps(
+    options: argparse.Namespace,
+    turns: Mapping[str, list[Facts]],
+    work: Callable[[], Any],
+    **more: Any,
+) -> None:
+    """Of sides with ``step_seconds``, one of them ``ours``; ``work``: the arithmetic of a step."""
+    middle = medians(turns)
+    step = {name: facts["step_seconds"] for name, facts in middle.items()}
+    with FlopCounterMode(display=False) as counter:
+        work()
+    found = {
+        "medians": middle,
+        "step_over_ours": {name: value / step["ours"] for name, value in step.items()},
+        "share_of_matrix_rate": counter.get_total_flops() / step["ours"] / matrix_rate(),
+    }
+    report(options, found | more | {"turns": turns})
 
 
 def processor() -> str:

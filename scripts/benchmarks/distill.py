@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.precision import autocast, frozen_dtype
@@ -29,10 +28,9 @@ from scripts.benchmarks.common import (
     child,
     device,
     in_turns,
-    matrix_rate,
     median_seconds,
     medians,
-    report,
+    report_steps,
 )
 from scripts.benchmarks.reference import runnable
 
@@ -109,11 +107,6 @@ class Unets:
         loss.backward()
         self.student.zero_grad(set_to_none=True)
 
-    def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        return int(counter.get_total_flops())
-
 
 def measure(options: Any) -> None:
     teacher = resolve(options.teacher).root
@@ -129,16 +122,5 @@ def measure(options: Any) -> None:
             "unets_alone": lambda: {"step_seconds": median_seconds(unets.step)},
         }
         turns = in_turns(sides, options.repeats)
-    middle = medians(turns)
-    step = {name: facts["step_seconds"] for name, facts in middle.items()}
-    report(
-        options,
-        {
-            "medians": middle,
-            "step_over_ours": {name: value / step["ours"] for name, value in step.items()},
-            "samples_a_second": options.batch_size / step["ours"],
-            "share_of_matrix_rate": unets.flops() / step["ours"] / matrix_rate(),
-            "cache_seconds_once": cached,
-            "turns": turns,
-        },
-    )
+    rate = options.batch_size / medians(turns)["ours"]["step_seconds"]
+    report_steps(options, turns, unets.step, samples_a_second=rate, cache_seconds_once=cached)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from bksdm_tune.adapters import inject
 from bksdm_tune.pipeline import load_part
@@ -38,10 +37,8 @@ from scripts.benchmarks.common import (
     child,
     device,
     in_turns,
-    matrix_rate,
     median_seconds,
-    medians,
-    report,
+    report_steps,
 )
 from scripts.benchmarks.reference import runnable
 from scripts.full_size import SHAPES, write_pipeline
@@ -186,11 +183,6 @@ class Alone:
         loss.backward()
         self.unet.zero_grad(set_to_none=True)
 
-    def flops(self) -> int:
-        with FlopCounterMode(display=False) as counter:
-            self.step()
-        return int(counter.get_total_flops())
-
 
 SIDES = {
     "ours": ours,
@@ -215,14 +207,4 @@ def measure(options: Any) -> None:
         }
         sides["unet_alone"] = lambda: {"step_seconds": median_seconds(alone.step, 20)}
         turns = in_turns(sides, options.repeats)
-    middle = medians(turns)
-    step = {name: facts["step_seconds"] for name, facts in middle.items()}
-    report(
-        options,
-        {
-            "medians": middle,
-            "step_over_ours": {name: value / step["ours"] for name, value in step.items()},
-            "share_of_matrix_rate": alone.flops() / step["ours"] / matrix_rate(),
-            "turns": turns,
-        },
-    )
+    report_steps(options, turns, alone.step)
