@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,12 @@ from torch import nn
 from bksdm_tune.adapted import lean_forward
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.precision import at_least_single
+from bksdm_tune.provenance import Provenance
+from bksdm_tune.weights import LEVEL
 
-FILE_NAME = "pytorch_lora_weights.safetensors"
 ADAPTER_NAME = "default"
-PROVENANCE = "bksdm_tune"
-TEXT_LEVEL = "text_model."
-
-
-@dataclass(frozen=True)
-class Provenance:
-    """What an adapter was made from; stored in the file's metadata."""
-
-    backbone: str
-    architecture: str
-    """Fingerprint of the U-Net's config (bksdm_tune.architecture)."""
-    shape: str
-    """The architecture in words."""
-    trigger: str
-    run: str
-    """Content key of the run, as in its manifest."""
+# Of PEFT's configuration what a reader needs; an older PEFT refuses fields that it does not know.
+SAID = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 
 
 def inject(
@@ -99,12 +85,11 @@ def switched_off(*models: Any) -> Iterator[None]:
             layer.on = True
 
 
-def _adapter_metadata(prefix: str, model: Any) -> dict[str, Any]:
-    config = model.peft_config[ADAPTER_NAME].to_dict()
-    plain = {
-        key: sorted(value) if isinstance(value, set) else value for key, value in config.items()
-    }
-    return {f"{prefix}.{key}": value for key, value in plain.items()}
+def adapter_metadata(part: str, config: LoraConfig) -> dict[str, Any]:
+    """What ``lora_adapter_metadata`` says of a part; without it every alpha is read as the rank."""
+    whole = config.to_dict()
+    whole["target_modules"] = sorted(whole["target_modules"])
+    return {f"{part}.{key}": whole[key] for key in SAID}
 
 
 def _state(model: Any) -> dict[str, torch.Tensor]:
@@ -114,15 +99,15 @@ def _state(model: Any) -> dict[str, torch.Tensor]:
 def save_adapter(path: Path, unet: Any, text_encoder: Any | None, provenance: Provenance) -> None:
     """Write one file that stock ``load_lora_weights`` reads to the same picture."""
     tensors = {f"unet.{key}": value for key, value in _state(unet).items()}
-    adapter = _adapter_metadata("unet", unet)
+    adapter = adapter_metadata("unet", unet.peft_config[ADAPTER_NAME])
     if text_encoder is not None:
         for key, value in _state(text_encoder).items():
-            tensors[f"text_encoder.{TEXT_LEVEL}{key.removeprefix(TEXT_LEVEL)}"] = value
-        adapter |= _adapter_metadata("text_encoder", text_encoder)
+            tensors[f"text_encoder.{LEVEL}{key.removeprefix(LEVEL)}"] = value
+        adapter |= adapter_metadata("text_encoder", text_encoder.peft_config[ADAPTER_NAME])
     metadata = {
         "format": "pt",
-        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True, default=str),
-        PROVENANCE: json.dumps(asdict(provenance), sort_keys=True),
+        "lora_adapter_metadata": json.dumps(adapter, sort_keys=True),
+        **provenance.metadata(),
     }
     contiguous = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
     path.write_bytes(canonical(save(contiguous, metadata)))
@@ -158,7 +143,7 @@ def load_adapter(path: Path, unet: Any, text_encoder: Any | None) -> None:
         else:
             own = convert_state_dict_to_peft(own)
             if not hasattr(model, "text_model"):
-                own = {key.removeprefix(TEXT_LEVEL): value for key, value in own.items()}
+                own = {key.removeprefix(LEVEL): value for key, value in own.items()}
         result = set_peft_model_state_dict(model, own, adapter_name=ADAPTER_NAME)
         assert not result.unexpected_keys, result.unexpected_keys
         wanted = len(get_peft_model_state_dict(model))
@@ -183,22 +168,3 @@ def read_adapter(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     if not any("lora" in key for key in tensors):
         raise DataError(f"{path} holds no LoRA weights.")
     return tensors, metadata
-
-
-def read_provenance(path: Path) -> Provenance | None:
-    """Our provenance record, or None for a file made by another tool."""
-    return provenance_in(path, read_adapter(path)[1])
-
-
-def provenance_in(path: Path, metadata: dict[str, str]) -> Provenance | None:
-    """Our record in the metadata of the file at ``path``.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    if PROVENANCE not in metadata:
-        return None
-    try:
-        return Provenance(**json.loads(metadata[PROVENANCE]))
-    except (ValueError, TypeError, RecursionError):
-        raise DataError(f"{path} has metadata of this program that it cannot read.") from None

@@ -12,7 +12,7 @@ from tyro.conf import Positional
 from bksdm_tune.artifacts import MANIFEST, read_manifest
 from bksdm_tune.config import check_range, parse
 from bksdm_tune.errors import UsageError
-from bksdm_tune.resolve import ADAPTER, PEFT_CONFIG, PEFT_FILE, Parts, resolve
+from bksdm_tune.resolve import ADAPTER, Parts, is_adapter, resolve
 
 SUBJECT = "{subject}"
 
@@ -70,14 +70,11 @@ def find_model(config: Config) -> Model:
         DataError: the model lacks something.
     """
     path = Path(config.model)
-    if (path / PEFT_CONFIG).is_file():
-        path /= PEFT_FILE
-    if path.suffix == ".safetensors" and path.is_file():
+    if is_adapter(path):
         return _adapter_file(path, config)
     if config.backbone is not None:
         raise UsageError(
-            "--backbone says what an adapter file goes on; "
-            f"{config.model} is no .safetensors file and knows its own."
+            f"--backbone says what an adapter goes on; {config.model} is none and knows its own."
         )
     parts = resolve(config.model, config.base)
     if not (path / MANIFEST).is_file():
@@ -88,16 +85,16 @@ def find_model(config: Config) -> Model:
 
 
 def _adapter_file(path: Path, config: Config) -> Model:
-    from bksdm_tune.adapters import read_provenance
+    from bksdm_tune.lora import layouts
 
     if config.backbone is None and path.name == ADAPTER and (path.parent / MANIFEST).is_file():
         return find_model(replace(config, model=str(path.parent)))  # the run knows where it lies
-    made_from = read_provenance(path)
-    ref = config.backbone or (made_from.backbone if made_from else None)
+    adapter = layouts.read(path)
+    ref = config.backbone or (adapter.made_from.backbone if adapter.made_from else None)
     if ref is None:
         raise UsageError(f"{path} does not say what it goes on; name it with --backbone.")
     parts = replace(resolve(ref, config.base), adapter=path)
-    return Model(parts, made_from.trigger if made_from else None)
+    return Model(parts, adapter.trigger)
 
 
 def fill_subject(prompt: str, trigger: str | None) -> str:

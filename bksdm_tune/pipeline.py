@@ -18,7 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from bksdm_tune.device import best_device
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.lora import fit
+from bksdm_tune.lora import fit, layouts
 from bksdm_tune.lora.adapter import Adapter
 from bksdm_tune.lora.fold import fold
 from bksdm_tune.resolve import Parts, unet_config
@@ -112,17 +112,17 @@ def load_for_drawing(parts: Parts, device: str | None = None) -> Any:
 
 def put_on(pipe: Any, whole: Adapter, adapter: Path, name: str) -> None:
     """Load an adapter, ``whole`` as ``fit.check`` read it from the file ``adapter``, into a
-    pipeline of the backbone ``name``: what diffusers reads through its own loader, the rest (LoHa,
-    LoKr, DoRA, old layouts) folded into the weights.
+    pipeline of the backbone ``name``: LoRAs through diffusers' own loader, the rest (LoHa, LoKr,
+    DoRA) folded into the weights.
 
     Raises:
         DataError: it does not fit.
     """
-    if not (whole.plain and whole.layout in ("diffusers", "kohya")):
+    if not whole.plain:
         fold({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, whole, adapter)
         return
-    try:
-        pipe.load_lora_weights(adapter.parent, weight_name=adapter.name)
+    try:  # with every alpha the rank: diffusers gives a kohya file one alpha for all its layers
+        pipe.load_lora_weights(layouts.diffusers_tensors(whole.with_alpha(None)))
     except (RuntimeError, ValueError, TypeError) as error:
         raise DataError(f"{adapter} does not fit {name}: {str(error).splitlines()[0]}") from None
 

@@ -105,8 +105,24 @@ def hash_parts(parts: Parts) -> dict[str, str]:
 
 def hash_model(parts: Parts) -> dict[str, str | None]:
     """Content keys of all that decides what a model draws, an adapter included."""
-    adapter = None if parts.adapter is None else sha256_file(parts.adapter)
+    adapter = None if parts.adapter is None else hash_adapter(parts.adapter)
     return {**hash_parts(parts), "adapter": adapter}
+
+
+def hash_adapter(path: Path) -> str:
+    """Content key of an adapter file, or of a PEFT folder."""
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted(path.rglob("adapter_*.*"))
+    return content_key({file.relative_to(path).as_posix(): sha256_file(file) for file in files})
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether it looks like an adapter: a file, a PEFT folder, or one with a folder for each
+    part."""
+    if path.is_file():
+        return path.suffix == ".safetensors"
+    return any((path / part / PEFT_CONFIG).is_file() for part in ("", "unet", "text_encoder"))
 
 
 def tuned_from(run: Path) -> Parts | None:

@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_model
+from safetensors.torch import load_file
 
 from bksdm_tune import adapters
-from bksdm_tune.adapters import Provenance
+from bksdm_tune.provenance import Provenance
+from bksdm_tune.resolve import ADAPTER
+from bksdm_tune.weights import fill, save_part
 
 
 def _groups(
@@ -36,11 +38,11 @@ class LoraWeights:
         return _groups(self.unet, self.text_encoder, self.learning_rates)
 
     def save(self, folder: Path) -> None:
-        path = folder / adapters.FILE_NAME
+        path = folder / ADAPTER
         adapters.save_adapter(path, self.unet, self.text_encoder, self.provenance)
 
     def load(self, folder: Path) -> None:
-        adapters.load_adapter(folder / adapters.FILE_NAME, self.unet, self.text_encoder)
+        adapters.load_adapter(folder / ADAPTER, self.unet, self.text_encoder)
 
 
 @dataclass(frozen=True)
@@ -60,10 +62,10 @@ class FullWeights:
 
     def save(self, folder: Path) -> None:
         for name, model in self.parts().items():
-            model.save_pretrained(folder / name, max_shard_size="100GB")
+            save_part(model, folder / name)
 
     def load(self, folder: Path) -> None:
         with torch.no_grad():
             for name, model in self.parts().items():
                 (file,) = (folder / name).glob("*.safetensors")
-                load_model(model, file)
+                fill(model, load_file(file))

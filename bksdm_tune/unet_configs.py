@@ -24,6 +24,8 @@ SD_BLOCKS: dict[str, Any] = {
     "mid_block_type": CROSS_MID,
     "up_block_types": [PLAIN_UP, CROSS_UP, CROSS_UP, CROSS_UP],
 }
+# Those that a plan changes.
+BLOCK_FIELDS = ("layers_per_block", "down_block_types", "mid_block_type", "up_block_types")
 V2: dict[str, Any] = SD_BLOCKS | {
     "sample_size": 64,
     "block_out_channels": [320, 640, 1280, 1280],
@@ -88,10 +90,9 @@ PLANS = {plan.name: plan for plan in (TEACHER, BASE, SMALL, TINY)}
 
 def check_teacher(config: Mapping[str, Any]) -> None:
     """Raise UsageError, naming each field, unless ``config`` has the blocks of SD-v1 and SD-v2."""
-    same = ("layers_per_block", "down_block_types", "mid_block_type", "up_block_types")
     wrong = [
         f"{key} is {config[key]!r}, not {SD_BLOCKS[key]!r}"
-        for key in same
+        for key in BLOCK_FIELDS
         if key in config and _plain(config[key]) != SD_BLOCKS[key]
     ]
     if wrong:
@@ -141,12 +142,25 @@ def student_config(teacher_config: Mapping[str, Any], plan: BlockPlan) -> dict[s
     return config
 
 
+def teacher_of(student: Mapping[str, Any], plan: BlockPlan) -> dict[str, Any]:
+    """The teacher's config, from a student's that ``plan`` made; the innermost stage, where it is
+    gone, as wide as the next one, as in every Stable Diffusion."""
+    config = {key: _plain(value) for key, value in student.items() if key[0] != "_"}
+    if plan.drop_innermost:
+        for key in DOWN_STAGE_FIELDS:
+            if isinstance(config.get(key), list):
+                config[key] = [*config[key], config[key][-1]]
+        for key in UP_STAGE_FIELDS:
+            if isinstance(config.get(key), list):
+                config[key] = [config[key][0], *config[key]]
+    return config | {key: SD_BLOCKS[key] for key in BLOCK_FIELDS}
+
+
 def recognise_plan(config: Mapping[str, Any]) -> BlockPlan | None:
     """The plan whose shape a U-Net config has, or None."""
-    keys = ("layers_per_block", "mid_block_type", "down_block_types", "up_block_types")
     for plan in PLANS.values():
         planned = student_config(SD_BLOCKS, plan)
-        if all(_plain(config.get(key, SD_BLOCKS[key])) == planned[key] for key in keys):
+        if all(_plain(config.get(key, SD_BLOCKS[key])) == planned[key] for key in BLOCK_FIELDS):
             return plan
     return None
 

@@ -18,19 +18,18 @@ from torch import Tensor, nn
 import tiny
 from bksdm_tune.adapted import adapted, folds, lean_forward
 from bksdm_tune.adapters import (
-    FILE_NAME,
-    Provenance,
     canonical,
     inject,
     load_adapter,
     read_adapter,
-    read_provenance,
     save_adapter,
     switched_off,
 )
 from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError, UsageError
-from bksdm_tune.lora import fit
+from bksdm_tune.lora import fit, layouts
+from bksdm_tune.provenance import Provenance
+from bksdm_tune.resolve import ADAPTER
 
 UNET_TARGETS = ("to_q", "to_v", "to_out.0", "ff.net.0.proj")
 TEXT_TARGETS = ("q_proj", "v_proj")
@@ -86,7 +85,7 @@ def test_stock_diffusers_loads_what_was_trained(tmp_path: Path, size: str, text:
     changes = difference(wanted, before)
     assert changes[0] > 1e-2 and (changes[1] > 1e-2) == text
 
-    save_adapter(tmp_path / FILE_NAME, unet, encoder if text else None, MADE_FROM)
+    save_adapter(tmp_path / ADAPTER, unet, encoder if text else None, MADE_FROM)
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.load_lora_weights(tmp_path)
     assert max(difference(predict(stock.unet, stock.text_encoder), wanted)) < 1e-5
@@ -97,7 +96,7 @@ def test_a_fused_adapter_draws_the_same(tmp_path: Path) -> None:
     live = StableDiffusionPipeline.from_pretrained(folder)
     unet, encoder = tuned(live)
     wanted = predict(unet, encoder)
-    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    save_adapter(tmp_path / ADAPTER, unet, encoder, MADE_FROM)
     stock = StableDiffusionPipeline.from_pretrained(folder)
     stock.load_lora_weights(tmp_path)
     stock.fuse_lora()
@@ -107,8 +106,8 @@ def test_a_fused_adapter_draws_the_same(tmp_path: Path) -> None:
 
 def test_keys_are_those_of_the_ecosystem(tmp_path: Path) -> None:
     unet, encoder = tuned(tiny_models("tiny"))
-    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
-    tensors, metadata = read_adapter(tmp_path / FILE_NAME)
+    save_adapter(tmp_path / ADAPTER, unet, encoder, MADE_FROM)
+    tensors, metadata = read_adapter(tmp_path / ADAPTER)
     unet_keys = [key for key in tensors if key.startswith("unet.")]
     text_keys = [key for key in tensors if key.startswith("text_encoder.text_model.encoder.")]
     assert len(unet_keys) == 9 * 7 * 2  # blocks, targets (3 in each attention, 1), A and B
@@ -122,11 +121,11 @@ def test_keys_are_those_of_the_ecosystem(tmp_path: Path) -> None:
 
 
 def test_provenance_comes_back(tmp_path: Path) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ADAPTER
     save_adapter(path, *tuned(tiny_models()), MADE_FROM)
-    assert read_provenance(path) == MADE_FROM
-    save_file({"unet.x.lora.up.weight": torch.ones(1)}, tmp_path / "foreign.safetensors")
-    assert read_provenance(tmp_path / "foreign.safetensors") is None
+    assert layouts.read(path).made_from == MADE_FROM
+    save_file(read_adapter(path)[0], tmp_path / "foreign.safetensors")
+    assert layouts.read(tmp_path / "foreign.safetensors").made_from is None
 
 
 def test_equal_weights_give_equal_bytes(tmp_path: Path) -> None:
@@ -155,11 +154,11 @@ def test_the_header_is_sorted_and_the_data_stay_in_place() -> None:
 
 def test_load_restores_bit_for_bit(tmp_path: Path) -> None:
     unet, encoder = tuned(tiny_models())
-    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
+    save_adapter(tmp_path / ADAPTER, unet, encoder, MADE_FROM)
     saved = [p.detach().clone() for p in trained(unet, encoder)]
     assert len(saved) == 126 + 8
     randomised(trained(unet, encoder))
-    load_adapter(tmp_path / FILE_NAME, unet, encoder)
+    load_adapter(tmp_path / ADAPTER, unet, encoder)
     for parameter, value in zip(trained(unet, encoder), saved, strict=True):
         assert parameter.requires_grad and torch.equal(parameter, value)
 
@@ -171,13 +170,13 @@ def trained(*models: Any) -> list[torch.nn.Parameter]:
 @pytest.mark.parametrize("part", ["unet", "text_encoder"])
 def test_a_file_without_a_part_is_not_half_loaded(tmp_path: Path, part: str) -> None:
     unet, encoder = tuned(tiny_models())
-    save_adapter(tmp_path / FILE_NAME, unet, encoder, MADE_FROM)
-    tensors, metadata = read_adapter(tmp_path / FILE_NAME)
+    save_adapter(tmp_path / ADAPTER, unet, encoder, MADE_FROM)
+    tensors, metadata = read_adapter(tmp_path / ADAPTER)
     own = [key for key in tensors if key.startswith(part)]
     del tensors[own[0]]
-    save_file(tensors, tmp_path / FILE_NAME, metadata)
+    save_file(tensors, tmp_path / ADAPTER, metadata)
     with pytest.raises(DataError, match=f"1 of {len(own)} tensors"):
-        load_adapter(tmp_path / FILE_NAME, unet, encoder)
+        load_adapter(tmp_path / ADAPTER, unet, encoder)
 
 
 def test_adapters_train_in_float32_on_a_half_precision_base() -> None:
@@ -272,7 +271,7 @@ def test_another_architecture_is_refused(tmp_path: Path, made_for: str, size: st
         MADE_FROM, architecture=fingerprint(made_config), shape=describe(made_config)
     )
     models = tiny_models("tiny")
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ADAPTER
     save_adapter(path, tuned(models)[0], None, made_from)
     if made_for == size:
         fit.check(path, here)
@@ -283,7 +282,7 @@ def test_another_architecture_is_refused(tmp_path: Path, made_for: str, size: st
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "missing", "pickle", "no lora"])
 def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
-    path = tmp_path / FILE_NAME
+    path = tmp_path / ADAPTER
     save_adapter(path, tuned(tiny_models())[0], None, MADE_FROM)
     if damage == "missing":
         path.unlink()
@@ -293,7 +292,7 @@ def test_a_damaged_file_is_reported(tmp_path: Path, damage: str) -> None:
         save_file({"conv_in.weight": torch.ones(1)}, path)
     else:
         path.write_bytes(path.read_bytes()[: 5000 if damage == "cut" else 0])
-    with pytest.raises(DataError, match=FILE_NAME):
+    with pytest.raises(DataError, match=ADAPTER):
         read_adapter(path)
 
 

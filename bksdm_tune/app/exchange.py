@@ -9,7 +9,6 @@ import uuid
 from pathlib import Path
 
 from bksdm_tune import architecture
-from bksdm_tune.adapters import Provenance
 from bksdm_tune.app.library import Model, slug
 from bksdm_tune.artifacts import atomic_folder, sha256_file, write_manifest
 from bksdm_tune.backbones import get_backbone
@@ -19,6 +18,7 @@ from bksdm_tune.files.export_command import source_of
 from bksdm_tune.files.write import write_adapter
 from bksdm_tune.licences import OPENRAIL_NOTICE, POCKET_LICENCE, POCKET_NOTICE
 from bksdm_tune.lora import fit
+from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import ADAPTER, LORA_RUN, Parts, hash_parts, resolve, unet_config
 
 HOURS = 24

@@ -30,6 +30,7 @@ from bksdm_tune.dreambooth.objective import DreamBooth
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
 from bksdm_tune.precision import autocast, frozen_dtype
+from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import unet_config
 from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
@@ -167,9 +168,9 @@ def make_trainable(job: Job, unet: Any, text_encoder: Any | None) -> LoraWeights
     return LoraWeights(unet, text_encoder, rates, provenance(job))
 
 
-def provenance(job: Job) -> adapters.Provenance:
+def provenance(job: Job) -> Provenance:
     config = unet_config(job.parts)
-    return adapters.Provenance(
+    return Provenance(
         backbone=job.parts.name,
         architecture=architecture.fingerprint(config),
         shape=architecture.describe(config),

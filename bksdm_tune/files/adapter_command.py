@@ -107,28 +107,16 @@ def describe(path: Path) -> dict[str, Any]:
     from bksdm_tune.lora.adapter import facts
 
     adapter = layouts.read(path)
-    try:
-        stated, words = fit.said(adapter), trigger(adapter.metadata)
-    except DataError as error:
-        raise DataError(f"{path} {error}.") from None
+    stated = fit.said(adapter)
     return (
         {"file": str(path)}
         | facts(adapter)
         | {
             "made_for": [stated] if stated else fit.inferred(adapter),
             "known_from": "its metadata" if stated else "its layers",
-            "trigger": words,
+            "trigger": adapter.trigger,
         }
     )
-
-
-def trigger(metadata: dict[str, str]) -> str | None:
-    """The words that call what was learned, where a file says them."""
-    from bksdm_tune.lora.fit import record
-
-    if "bksdm_tune" in metadata:
-        return record(metadata)["trigger"]
-    return metadata.get("modelspec.trigger_phrase") or None
 
 
 def check(config: Check) -> None:
@@ -182,10 +170,10 @@ def architecture_of(path: Path, adapter: Any) -> str:
 
 def provenance_of(name: str, made_from: str | None, how: str) -> Any:
     """Our record for a file that was made from others."""
-    from bksdm_tune.adapters import Provenance
     from bksdm_tune.architecture import describe as words
     from bksdm_tune.architecture import fingerprint
     from bksdm_tune.lora.fit import config_of, registered
+    from bksdm_tune.provenance import Provenance
 
     config = config_of(name)
     return Provenance(registered(name), fingerprint(config), words(config), made_from or "", how)
@@ -201,7 +189,7 @@ def resize(config: Resize) -> None:
     made_from = None
     if given.of("unet"):  # nothing else says which U-Net it is for
         name = architecture_of(config.file, given)
-        made_from = provenance_of(name, trigger(given.metadata), f"rank {config.rank}")
+        made_from = provenance_of(name, given.trigger, f"rank {config.rank}")
     smaller, energy = adapters.resize(given, config.rank)
     write_adapter(config.out, smaller, "diffusers", made_from)
     print(f"Wrote {config.out}: rank {config.rank} keeps {100 * energy:.2f} % of the change.")

@@ -17,7 +17,7 @@ Answers = dict[str, Tensor]
 @torch.inference_mode()
 def ask(unet: Any, text_encoder: Any, tokenizer: Any, vae: Any = None) -> Answers:
     """Prompt embeddings, the U-Net's predictions for them at two timesteps, and, given a VAE, what
-    it decodes; float32."""
+    it decodes, and what it makes of that; float32."""
     ids = tokenise(tokenizer, [PROMPT] * len(TIMESTEPS)).to(text_encoder.device)
     embeds = text_encoder(ids)[0]
     noisy, timesteps = question(unet.config, unet.device)
@@ -26,6 +26,7 @@ def ask(unet: Any, text_encoder: Any, tokenizer: Any, vae: Any = None) -> Answer
     if vae is not None:
         pixels = vae.decode(latents(unet.config, vae.device).to(vae.dtype)).sample
         answers["VAE decoder"] = pixels.float().cpu()
+        answers["VAE encoder"] = vae.encode(pixels).latent_dist.mean.float().cpu()
     return answers
 
 

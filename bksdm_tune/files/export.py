@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bksdm_tune.adapters import Provenance, read_provenance
+from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.files import coreml_format, ldm, onnx_format
 from bksdm_tune.files.answers import Answers, apart, ask
@@ -28,7 +28,9 @@ from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update, resized
 from bksdm_tune.lora.fold import fold
 from bksdm_tune.pipeline import load_part, load_pipeline
 from bksdm_tune.pipeline_folder import copy_other_parts
+from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import Parts, unet_config
+from bksdm_tune.weights import fill, save_part
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
@@ -99,31 +101,38 @@ def answers_of(parts: Parts) -> Answers:
     return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.vae)
 
 
-def provenance(source: Source) -> Provenance | None:
-    made_from = read_provenance(source.adapter)
-    if made_from is None or source.trigger is None:
-        return made_from
-    return replace(made_from, trigger=source.trigger)
+def provenance(source: Source, adapter: Adapter | None) -> Provenance:
+    """The adapter's own, with the words that call it; of what other tools made, what is known."""
+    if adapter is not None and adapter.made_from is not None:
+        return replace(adapter.made_from, trigger=source.trigger or adapter.made_from.trigger)
+    before, config = source.before, unet_config(source.before)
+    wanted = fingerprint(config)
+    return Provenance(before.ref, wanted, describe(config), source.trigger or "", "exported")
 
 
 def write_diffusers(source: Source, target: Path) -> None:
-    write_adapter(target, layouts.read(source.adapter), "diffusers", provenance(source))
+    adapter = layouts.read(source.adapter)
+    adapter.check_plain("The layout diffusers")
+    write_adapter(target, adapter, "diffusers", provenance(source, adapter))
 
 
 def write_kohya(source: Source, target: Path) -> None:
+    """Every layer with the same alpha: diffusers' reader knows one for the whole file."""
     adapter = layouts.read(source.adapter)
-    write_adapter(target, adapter, "kohya", provenance(source), **kohya_metadata(source, adapter))
+    adapter.check_plain("The layout kohya")
+    adapter = adapter.with_alpha(adapter.common_alpha)
+    more = kohya_metadata(source, adapter)
+    write_adapter(target, adapter, "kohya", provenance(source, adapter), **more)
 
 
 def kohya_metadata(source: Source, adapter: Adapter) -> dict[str, str]:
     """What kohya's readers and model managers look for."""
     ranks = [update.rank for update in adapter.updates.values()]
-    alphas = [u.rank if u.alpha is None else u.alpha for u in adapter.updates.values()]
     v2 = is_v2(source.parts)
     return {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(max(ranks)),
-        "ss_network_alpha": str(max(alphas)),
+        "ss_network_alpha": str(adapter.common_alpha),
         "ss_base_model_version": "sd_v2" if v2 else "sd_v1",
         "ss_v2": str(v2),
         "ss_sd_model_name": source.before.name,
@@ -152,6 +161,7 @@ def write_peft(source: Source, target: Path) -> None:
     adapter = layouts.read(source.adapter)
     adapter.check_plain("A PEFT folder")
     metadata = json.loads(layouts.diffusers_metadata(adapter)["lora_adapter_metadata"])
+    ours = provenance(source, adapter).metadata()
     for part in (UNET, TEXT):
         if not adapter.of(part):
             continue
@@ -161,8 +171,9 @@ def write_peft(source: Source, target: Path) -> None:
             name = f"base_model.model.{path.removeprefix('text_model.')}"
             tensors[f"{name}.lora_A.weight"] = update.factors["down"].contiguous()
             tensors[f"{name}.lora_B.weight"] = update.factors["up"].contiguous()
-        save_file(tensors, target / part / layouts.PEFT_FILE, {"format": "pt"})
+        save_file(tensors, target / part / layouts.PEFT_FILE, {"format": "pt", **ours})
         config = {k.partition(".")[2]: v for k, v in metadata.items() if k.startswith(part)}
+        config["peft_type"] = "LORA"
         text = json.dumps(config, indent=2, sort_keys=True)
         (target / part / layouts.PEFT_CONFIG).write_text(text + "\n")
 
@@ -193,7 +204,7 @@ def write_merged(source: Source, target: Path) -> None:
     models = merged_parts(source)
     copy_other_parts(source.parts.root, target, tuple(models))
     for part, model in models.items():
-        model.to(DTYPES[source.dtype]).save_pretrained(target / part, max_shard_size="100GB")
+        save_part(model.to(DTYPES[source.dtype]), target / part)
 
 
 def read_merged(source: Source, target: Path) -> Answers:
@@ -201,7 +212,7 @@ def read_merged(source: Source, target: Path) -> Answers:
 
     pipe = StableDiffusionPipeline.from_pretrained(target, safety_checker=None)
     pipe.to(torch.float32)
-    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer)
+    return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.vae)
 
 
 def write_single_file(source: Source, target: Path) -> None:
@@ -223,34 +234,21 @@ def write_single_file(source: Source, target: Path) -> None:
 
 
 def read_single_file(source: Source, target: Path) -> Answers:
-    """The U-Net by diffusers' converter, the text encoder by our own way back."""
-    from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+    """All three models through diffusers' converters."""
+    from diffusers.loaders import single_file_utils as convert
 
     tensors = load_file(target)
-    models = {part: load_part(source.parts, part) for part in (UNET, TEXT)}
-    converted = convert_ldm_unet_checkpoint(dict(tensors), dict(models[UNET].config))
-    _load(models[UNET], converted)
-    _load(models[TEXT], ldm.text_from_ldm(tensors))
-    check_vae(source, tensors)
-    return ask(models[UNET], models[TEXT], load_part(source.parts, "tokenizer"))
-
-
-def check_vae(source: Source, tensors: dict[str, Tensor]) -> None:
-    from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
-
-    vae = load_part(source.parts, "vae")
-    found = convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))
-    for key, value in vae.state_dict().items():
-        wanted = value.to(DTYPES[source.dtype])
-        if key not in found or not torch.equal(found[key].reshape(wanted.shape), wanted):
-            raise DataError(f"The VAE's {key} reads back differently; nothing was written.")
-
-
-def _load(model: Any, tensors: dict[str, Tensor]) -> None:
-    own = model.state_dict()
-    plain = {k: tensors.get(k, tensors.get(f"text_model.{k}")) for k in own}
-    plain |= {k: tensors[k.removeprefix("text_model.")] for k, v in plain.items() if v is None}
-    model.load_state_dict({k: v.float() for k, v in plain.items() if v is not None})
+    models = {part: load_part(source.parts, part) for part in (UNET, TEXT, "vae")}
+    unet, text, vae = models.values()
+    fill(unet, convert.convert_ldm_unet_checkpoint(dict(tensors), dict(unet.config)))
+    if is_v2(source.parts):
+        fill(text, convert.convert_open_clip_checkpoint(text, dict(tensors)))
+    else:
+        fill(text, convert.convert_ldm_clip_checkpoint(dict(tensors)))
+    found = convert.convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))
+    own = vae.state_dict()
+    fill(vae, {key: value.reshape(own[key].shape) for key, value in found.items()})
+    return ask(unet, text, load_part(source.parts, "tokenizer"), vae)
 
 
 def write_onnx(source: Source, target: Path) -> None:
@@ -292,7 +290,7 @@ def write_svd(source: Source, target: Path) -> None:
     if not updates:
         raise DataError("Nothing was changed by the tuning; there is nothing to extract.")
     adapter = Adapter(dict(sorted(updates.items())), "diffusers")
-    write_adapter(target, adapter, "diffusers", None)
+    write_adapter(target, adapter, "diffusers", provenance(source, None))
 
 
 def _eye(change: Tensor) -> Tensor:

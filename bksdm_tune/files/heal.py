@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bksdm_tune.adapters import ADAPTER_NAME, Provenance
+from bksdm_tune.adapters import ADAPTER_NAME
 from bksdm_tune.diffusion import (
     Noising,
     embed,
@@ -32,6 +32,7 @@ from bksdm_tune.lora.fit import check
 from bksdm_tune.optim import make_optimiser, make_schedule
 from bksdm_tune.pipeline import Shot, draw, load_part, load_pipeline
 from bksdm_tune.pipeline_folder import native_resolution
+from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import Parts, unet_config
 from bksdm_tune.trainables import LoraWeights
 from bksdm_tune.unet_configs import recognise_plan
@@ -127,7 +128,7 @@ def healed(healing: Healing, folder: Path) -> Adapter:
     text = {f"{TEXT}.{path}": update for path, update in before.of(TEXT).items()}
     unet = {f"{UNET}.{path}": update for path, update in after.of(UNET).items()}
     assert before.of(UNET).keys() == after.of(UNET).keys()
-    return replace(before, updates=dict(sorted((unet | text).items())), metadata={})
+    return Adapter(dict(sorted((unet | text).items())), "diffusers")
 
 
 def _unsaid() -> Provenance:

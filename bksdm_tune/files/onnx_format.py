@@ -126,7 +126,13 @@ def read(tokenizer: Any, unet_config: Any, target: Path) -> Answers:
     noisy, timesteps = question(unet_config)
     said = run(target / "unet", sample=noisy, timestep=timesteps, encoder_hidden_states=embeds)[0]
     pixels = run(target / "vae_decoder", latent_sample=latents(unet_config))[0]
-    return {"text encoder": embeds, "U-Net": said, "VAE decoder": pixels}
+    means = run(target / "vae_encoder", sample=pixels)[0]
+    return {
+        "text encoder": embeds,
+        "U-Net": said,
+        "VAE decoder": pixels,
+        "VAE encoder": means,
+    }
 
 
 def run(folder: Path, **inputs: Tensor) -> list[Tensor]:

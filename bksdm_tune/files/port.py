@@ -6,8 +6,6 @@ other name; updates of layers that the target lacks are dropped, and listed.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from bksdm_tune.errors import UsageError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
 from bksdm_tune.lora.fit import ARCHITECTURES, known_shapes, misfits
@@ -56,4 +54,4 @@ def port(adapter: Adapter, source: str, target: str) -> tuple[Adapter, list[str]
     if not moved:
         raise UsageError(f"None of the adapter's U-Net layers is in {target}.")
     text = {f"{TEXT}.{path}": update for path, update in adapter.of(TEXT).items()}
-    return replace(adapter, updates=dict(sorted((moved | text).items())), metadata={}), dropped
+    return Adapter(dict(sorted((moved | text).items())), "diffusers"), dropped

@@ -27,7 +27,7 @@ class Config:
     to: str
     """Where to: bk-base, bk-small, bk-tiny, sd-v1, their v2 and pocket names."""
     out: Path
-    """File to write, in diffusers' layout."""
+    """File to write, in diffusers' layout; LoHa, LoKr and DoRA in LyCORIS'."""
     source: Annotated[str | None, arg(name="from")] = None
     """What it was made for; default: what its metadata or its layers say."""
     heal: bool = False
@@ -48,7 +48,7 @@ class Config:
 
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune port")
-    from bksdm_tune.files.adapter_command import architecture_of, provenance_of, trigger
+    from bksdm_tune.files.adapter_command import architecture_of, provenance_of
     from bksdm_tune.files.port import port
     from bksdm_tune.files.write import check_free, write_adapter
     from bksdm_tune.lora import layouts
@@ -59,13 +59,14 @@ def main(argv: list[str]) -> int:
     source = known(config.source, "--from") if config.source else None
     source = source or architecture_of(config.file, adapter)
     moved, dropped = port(adapter, source, target)
-    words = config.subject or trigger(adapter.metadata)
+    words = config.subject or adapter.trigger
     record = provenance_of(target, words, f"ported from {source}")
 
     def write(path: Path, whole: Adapter) -> None:
-        write_adapter(path, whole, "diffusers", record)
+        write_adapter(path, whole, "diffusers" if whole.plain else "kohya", record)
 
     if config.heal:
+        moved.check_plain("--heal")
         again = mend(config, source, target, words, lambda path: write(path, moved))
         write(config.out, again)
     else:
@@ -97,11 +98,11 @@ def mend(
     """
     if words is None:
         raise UsageError('--heal needs to know what the adapter means: --subject "sks dog".')
-    from bksdm_tune.artifacts import locked, sha256_file
+    from bksdm_tune.artifacts import locked
     from bksdm_tune.device import best_device
     from bksdm_tune.files.heal import Healing, heal
     from bksdm_tune.lora.fit import registered
-    from bksdm_tune.resolve import resolve
+    from bksdm_tune.resolve import hash_adapter, resolve
     from bksdm_tune.runs import occupy
 
     folder = config.out.with_suffix(".healing").absolute()
@@ -111,7 +112,7 @@ def mend(
     healing = Healing(
         teacher, student, prompts_of(words), steps=config.heal_steps, device=best_device()
     )
-    facts = {"file": sha256_file(config.file), "from": source, "to": target, "words": words}
+    facts = {"file": hash_adapter(config.file), "from": source, "to": target, "words": words}
     with locked(folder):
         occupy(folder, facts | {"steps": config.heal_steps}, "healing", "another healing")
         write_ported(ported)

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
-from bksdm_tune.adapters import PROVENANCE, Provenance, canonical
+from bksdm_tune.adapters import canonical
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.lora import layouts
-from bksdm_tune.lora.adapter import Adapter
+from bksdm_tune.lora.adapter import Adapter, Update
+from bksdm_tune.provenance import Provenance
 
 TOLERANCE = 1e-6
 
@@ -31,14 +31,13 @@ def write_adapter(
     Raises:
         DataError: the file reads back to something else; nothing is left.
     """
-    adapter.check_plain(f"The layout {layout}")
     if layout == "kohya":
         tensors, metadata = layouts.kohya_tensors(adapter.updates.items()), {"format": "pt"}
     else:
         tensors = layouts.diffusers_tensors(adapter)
         metadata = layouts.diffusers_metadata(adapter)
     if provenance is not None:
-        metadata[PROVENANCE] = json.dumps(asdict(provenance), sort_keys=True)
+        metadata |= provenance.metadata()
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.tmp")
     try:
@@ -60,7 +59,16 @@ def difference(a: Adapter, b: Adapter) -> float:
         return float("inf")
     shares = [torch.zeros(())]
     for path, update in a.updates.items():
-        one, other = update.delta(), b.updates[path].delta()
-        scale = one.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-        shares.append((one - other.reshape(one.shape)).abs().max() / scale)
+        ones, others = says(update), says(b.updates[path])
+        if len(ones) != len(others):
+            return float("inf")
+        for one, other in zip(ones, others, strict=True):
+            scale = one.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+            shares.append((one - other).abs().max() / scale)
     return float(torch.stack(shares).max())  # NaN if one is
+
+
+def says(update: Update) -> list[Tensor]:
+    """The change, and the magnitude of a DoRA; flat."""
+    size = update.magnitude
+    return [update.delta().flatten()] + ([] if size is None else [size.float().flatten()])

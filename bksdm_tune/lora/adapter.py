@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.provenance import Provenance
 
 UNET, TEXT = "unet", "text_encoder"
 
@@ -112,6 +113,8 @@ class Adapter:
     layout: str
     """What the file was in: diffusers, diffusers-old, peft, kohya."""
     metadata: dict[str, str] = field(default_factory=dict)
+    made_from: Provenance | None = None
+    """This program's record in the metadata."""
 
     def of(self, part: str) -> dict[str, Update]:
         """Updates of one part, by path within it."""
@@ -124,11 +127,34 @@ class Adapter:
                        self.updates.values()})  # fmt: skip
 
     @property
+    def trigger(self) -> str | None:
+        """The words that call what was learned, where the file says them."""
+        ours = self.made_from.trigger if self.made_from else ""
+        return ours or self.metadata.get("modelspec.trigger_phrase") or None
+
+    @property
     def plain(self) -> bool:
         """Only what every reader knows: linear or convolutional LoRA."""
         return self.kinds == ["lora"] and not any(
             "mid" in update.factors for update in self.updates.values()
         )
+
+    def with_alpha(self, alpha: float | None) -> Adapter:
+        """Plain LoRAs that change the same with that alpha everywhere (None: each its rank), the
+        rest of their scales in ``up``."""
+        updates = {}
+        for path, update in self.updates.items():
+            factor = update.scale * update.rank / (update.rank if alpha is None else alpha)
+            up = update.factors["up"]
+            scaled = up if factor == 1 else factor * up.float()
+            updates[path] = replace(update, factors=update.factors | {"up": scaled}, alpha=alpha)
+        return replace(self, updates=updates)
+
+    @property
+    def common_alpha(self) -> float:
+        """Of most layers."""
+        alphas = [u.rank if u.alpha is None else u.alpha for u in self.updates.values()]
+        return float(max(set(alphas), key=alphas.count))
 
     def check_plain(self, what: str) -> None:
         if not self.plain:
@@ -151,12 +177,10 @@ def merge(adapters: list[Adapter], weights: list[float]) -> Adapter:
     for path in paths:
         parts = [(a.updates[path], w) for a, w in zip(adapters, weights, strict=True)
                  if path in a.updates]  # fmt: skip
-        if any("mid" in update.factors for update, _ in parts):
-            raise UsageError("merge does not take LoCon layers with a middle factor.")
         down = torch.cat([update.factors["down"].float() for update, _ in parts])
         up = torch.cat([w * u.scale * u.factors["up"].float() for u, w in parts], dim=1)
         updates[path] = Update("lora", {"down": down, "up": up}, float(len(down)))
-    return Adapter(updates, "diffusers", {})
+    return Adapter(updates, "diffusers")
 
 
 def resized(update: Update, rank: int) -> tuple[Update, float]:
@@ -184,12 +208,7 @@ def resize(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         updates[path], energy = resized(update, rank)
         kept, total = kept + energy * norm, total + norm
     share = kept / total if total else 1.0
-    return replace(adapter, updates=updates, metadata=_unnamed(adapter.metadata)), share
-
-
-def _unnamed(metadata: dict[str, str]) -> dict[str, str]:
-    """Without what describes the ranks of before."""
-    return {k: v for k, v in metadata.items() if k == "bksdm_tune"}
+    return Adapter(updates, "diffusers"), share
 
 
 def finite(adapter: Adapter) -> list[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 import shlex
 from collections.abc import Mapping
@@ -13,12 +12,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from bksdm_tune.adapters import PROVENANCE, provenance_in
 from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora import layouts
-from bksdm_tune.lora.adapter import UNET, Adapter
-from bksdm_tune.unet_configs import PLANS, TEACHER_UNETS, student_config
+from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
+from bksdm_tune.unet_configs import (
+    PLANS,
+    TEACHER_UNETS,
+    recognise_plan,
+    student_config,
+    teacher_of,
+)
 
 # fmt: off
 ARCHITECTURES: dict[str, tuple[str, str]] = {
@@ -63,8 +67,9 @@ def known_shapes(name: str) -> dict[str, Shape]:
 
 
 def misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
-    """U-Net layers of the adapter that are not there, or of another size."""
-    wrong = []
+    """Layers of the adapter that a U-Net with those layers, or its text encoder, has not, or of
+    another size."""
+    wrong = _text_misfits(adapter, shapes)
     for path, update in adapter.of(UNET).items():
         if path not in shapes:
             wrong.append(f"{path}: there is no such layer")
@@ -74,6 +79,16 @@ def misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
         if _numbers(wanted) != _numbers(found) and flat != found:
             wrong.append(f"{path}: {found}, the layer has {wanted}")
     return wrong
+
+
+def _text_misfits(adapter: Adapter, shapes: Mapping[str, Shape]) -> list[str]:
+    """The text encoder is as wide as what the U-Net attends to."""
+    width = next((shape[1] for path, shape in shapes.items() if path.endswith("attn2.to_k")), None)
+    return [
+        f"{TEXT}.{path}: {update.shape}, the text is {width} wide"
+        for path, update in adapter.of(TEXT).items()
+        if ".self_attn." in path and width is not None and update.shape != (width, width)
+    ]
 
 
 def _numbers(shape: Shape) -> Shape:
@@ -91,7 +106,7 @@ def check(path: Path, config: Mapping[str, Any]) -> Adapter:
         DataError: it was made for another one; the message says what to type.
     """
     wanted, adapter = fingerprint(config), layouts.read(path)
-    made_from = provenance_in(path, adapter.metadata)
+    made_from = adapter.made_from
     if made_from is not None:
         if made_from.architecture == wanted:
             return adapter
@@ -104,8 +119,9 @@ def check(path: Path, config: Mapping[str, Any]) -> Adapter:
         return adapter
     stated = said(adapter)
     others = [stated] if stated else inferred(adapter)
-    if wrong or (own is not None and own not in others):
-        made_for = " or ".join(others) or "no U-Net that this program knows"
+    kin = [] if own else relatives(adapter, config)
+    if wrong or kin or (own is not None and own not in others):
+        made_for = " or ".join(others or kin) or "no U-Net that this program knows"
         raise DataError(_refusal(path, made_for, others[0] if len(others) == 1 else None, config))
     return adapter
 
@@ -127,6 +143,21 @@ def _refusal(
     return text + "."
 
 
+def relatives(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
+    """In words, the U-Nets of these widths and other blocks that have exactly the adapter's layers;
+    none where the blocks are no known plan's."""
+    plan = recognise_plan(config)
+    if plan is None:
+        return []
+    teacher = teacher_of(config, plan)
+    return [
+        f"the {other.name} U-Net of these widths"
+        for other in PLANS.values()
+        if not misfits(adapter, shapes := layer_shapes(student_config(teacher, other)))
+        and _all_layers(adapter, shapes)
+    ]
+
+
 def registered(name: str) -> str:
     """The registry row of an architecture's weights: sd-v1-4 for sd-v1."""
     return {"sd-v1": "sd-v1-4", "sd-v2": "sd-v2-1-base"}.get(name, name)
@@ -146,13 +177,9 @@ def _all_layers(adapter: Adapter, shapes: Mapping[str, Shape]) -> bool:
 
 def said(adapter: Adapter) -> str | None:
     """The architecture that the file's own metadata names.  Kohya's names the family alone: where
-    exactly one member has exactly the adapter's layers, it is for that one.
-
-    Raises:
-        DataError: the metadata of this program cannot be read.
-    """
-    if PROVENANCE in adapter.metadata:
-        return name_of(record(adapter.metadata)["architecture"])
+    exactly one member has exactly the adapter's layers, it is for that one."""
+    if adapter.made_from is not None:
+        return name_of(adapter.made_from.architecture)
     version = adapter.metadata.get("ss_base_model_version", "")
     stated = {"sd_v1": "sd-v1", "sd_v2": "sd-v2"}.get(version[:5])
     if stated is None:
@@ -160,19 +187,6 @@ def said(adapter: Adapter) -> str | None:
     family = ARCHITECTURES[stated][0]
     own = [name for name in exactly(adapter) if ARCHITECTURES[name][0] == family]
     return own[0] if len(own) == 1 else stated
-
-
-def record(metadata: Mapping[str, str]) -> dict[str, str]:
-    """This program's record in a file's metadata.
-
-    Raises:
-        DataError: it cannot be read.
-    """
-    try:
-        found = json.loads(metadata[PROVENANCE])
-        return {name: str(found[name]) for name in ("architecture", "trigger")}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        raise DataError("has metadata of this program that it cannot read") from None
 
 
 def inferred(adapter: Adapter) -> list[str]:
@@ -213,4 +227,5 @@ def architecture(adapter: Adapter) -> str:
         return found[0]
     if not found:
         raise DataError("fits none of the known U-Nets: " + ", ".join(ARCHITECTURES))
-    raise DataError(f"may be for {' or '.join(found)}; say which with --from")
+    say = "bksdm-tune port FILE --from NAME --to NAME --out NEW"
+    raise DataError(f"may be for {' or '.join(found)}; write down which: {say}")

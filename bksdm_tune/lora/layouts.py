@@ -13,7 +13,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from bksdm_tune.adapters import adapter_metadata
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
+from bksdm_tune.provenance import provenance_in
 from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -41,7 +43,8 @@ ENDINGS: dict[str, tuple[str, str]] = {
     "lokr_w1_a": ("lokr", "w1_a"), "lokr_w1_b": ("lokr", "w1_b"), "lokr_w2": ("lokr", "w2"),
     "lokr_w2_a": ("lokr", "w2_a"), "lokr_w2_b": ("lokr", "w2_b"), "lokr_t2": ("lokr", "t2"),
     "alpha": ("", "alpha"), "dora_scale": ("", "magnitude"),
-    "lora_magnitude_vector": ("", "magnitude"), "lora_magnitude_vector.weight": ("", "magnitude"),
+    "lora_magnitude_vector": ("", "magnitude of outputs"),
+    "lora_magnitude_vector.weight": ("", "magnitude of outputs"),
 }  # fmt: skip
 # The oldest diffusers names of attention layers; the text encoder's layers are named otherwise.
 OLD = re.compile(r"(.*?)\.(?:processor\.)?to_(q|k|v|out)_lora\.(down|up)\.weight")
@@ -105,6 +108,8 @@ def _adapter(
             continue
         layout, layer, kind, factor = found
         layouts.add(layout)
+        if factor == "magnitude of outputs":  # PEFT's, for convolutions of the shape (1, out, 1, 1)
+            factor, tensor = "magnitude", tensor.flatten()
         parts[layer][factor] = tensor
         if kind:
             kinds[layer] = kind
@@ -114,7 +119,8 @@ def _adapter(
     updates = {
         layer: _update(layer, kinds.get(layer), factors, alphas) for layer, factors in parts.items()
     }
-    return Adapter(dict(sorted(updates.items())), "+".join(sorted(layouts)), metadata)
+    made_from = provenance_in(metadata)
+    return Adapter(dict(sorted(updates.items())), "+".join(sorted(layouts)), metadata, made_from)
 
 
 def _update(
@@ -256,15 +262,28 @@ def _peft_folder(folder: Path) -> Adapter:
     if not places:
         raise DataError(f"{folder} holds no {PEFT_FILE}.")
     updates: dict[str, Update] = {}
+    said: dict[str, str] = {}
     for place in places:
         tensors, metadata = _tensors(place / PEFT_FILE)
         config = read_json(place / PEFT_CONFIG)
         try:
-            alphas = {part: Said.of(config) for part in (UNET, TEXT)}
-            updates |= _adapter(tensors, metadata, alphas).updates
+            found = _adapter(tensors, metadata, {part: Said.of(config) for part in (UNET, TEXT)})
+            said |= metadata
+            updates |= {path: _of_peft(update, config) for path, update in found.updates.items()}
         except DataError as error:
             raise DataError(f"{place / PEFT_FILE} {error}") from None
-    return Adapter(dict(sorted(updates.items())), "peft", {})
+    return Adapter(dict(sorted(updates.items())), "peft", said, provenance_in(said))
+
+
+def _of_peft(update: Update, config: dict[str, Any]) -> Update:
+    """LoKr by two whole factors has PEFT's scale alpha / r, where LyCORIS has none."""
+    if update.kind != "lokr" or not {"w1", "w2"} <= update.factors.keys():
+        return update
+    try:
+        scale = float(config["alpha"]) / float(config["r"])
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        raise DataError("is a LoKr whose configuration lacks alpha or r.") from None
+    return replace(update, factors=update.factors | {"w1": scale * update.factors["w1"].float()})
 
 
 def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
@@ -278,10 +297,10 @@ def diffusers_tensors(adapter: Adapter) -> dict[str, Tensor]:
 
 
 def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
-    """``lora_adapter_metadata``, without which a reader takes every alpha to be the rank."""
+    """``lora_adapter_metadata`` as it must be."""
     from peft import LoraConfig
 
-    said: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     for part in (UNET, TEXT):
         # Without the level that transformers 5 dropped: PEFT matches the ends of names.
         own = {p.removeprefix("text_model."): update for p, update in adapter.of(part).items()}
@@ -296,10 +315,13 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
             target_modules=sorted(own),
             rank_pattern={path: r for path, r in ranks.items() if r != rank},
             alpha_pattern={path: a for path, a in alphas.items() if a != alpha},
-        ).to_dict()
-        plain = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        said |= {f"{part}.{key}": value for key, value in plain.items()}
-    return {"format": "pt", "lora_adapter_metadata": json.dumps(said, sort_keys=True, default=str)}
+        )
+        found |= adapter_metadata(part, config)
+    return {"format": "pt", "lora_adapter_metadata": json.dumps(found, sort_keys=True)}
+
+
+# Of each factor the first name, which is kohya's or LyCORIS'.
+KOHYA_ENDINGS = {place: ending for ending, place in reversed(ENDINGS.items())}
 
 
 def kohya_name(layer: str) -> str:
@@ -309,12 +331,16 @@ def kohya_name(layer: str) -> str:
 
 
 def kohya_tensors(updates: Iterable[tuple[str, Update]]) -> dict[str, Tensor]:
-    """Kohya's keys with alpha, which every reader knows."""
+    """Kohya's keys, and LyCORIS' for other kinds, with alpha, which every reader knows."""
     tensors: dict[str, Tensor] = {}
     for layer, update in updates:
         name = kohya_name(layer)
         for factor, value in update.factors.items():
-            tensors[f"{name}.lora_{factor}.weight"] = value.contiguous()
+            tensors[f"{name}.{KOHYA_ENDINGS[update.kind, factor]}"] = value.contiguous()
+        if update.magnitude is not None:
+            size = update.magnitude
+            along_outputs = size.reshape(-1, 1) if size.ndim == 1 else size
+            tensors[f"{name}.dora_scale"] = along_outputs.contiguous()
         alpha = update.rank if update.alpha is None else update.alpha
         tensors[f"{name}.alpha"] = torch.tensor(float(alpha))
     return tensors

@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from bksdm_tune.weights import save_part
 from scripts.pocket import clip, looks, students, unet, vae
 from scripts.pocket.common import training
 from scripts.pocket.data import REAL_HELDOUT
@@ -33,7 +34,7 @@ def save_half(model: Any, folder: Path) -> None:
     model.half()
     for parameter in model.parameters():
         parameter.data = parameter.data.contiguous()
-    model.save_pretrained(folder)
+    save_part(model, folder)
     config = json.loads((folder / "config.json").read_text())
     if "dtype" in config:  # transformers loads in the dtype that its config names
         (folder / "config.json").write_text(json.dumps(config | {"dtype": "float32"}, indent=2))
