@@ -18,6 +18,7 @@ from bksdm_tune.files.write import difference, write_adapter
 from bksdm_tune.lora import adapter as adapters
 from bksdm_tune.lora import fit, layouts
 from bksdm_tune.lora.adapter import Adapter, Update
+from bksdm_tune.unet_configs import PLANS, student_config, teacher_of
 
 FAMILY = ("sd-v1", "bk-base", "bk-small", "bk-tiny")
 V2 = ("sd-v2", "bk-v2-base", "bk-v2-small", "bk-v2-tiny")
@@ -30,14 +31,13 @@ def make(name: str, ends: tuple[str, ...] = ENDS, text: bool = True, rank: int =
 
     def update(out: int, inner: int) -> Update:
         down = torch.randn(rank, inner, generator=generator)
-        return Update(
-            "lora", {"down": down, "up": torch.randn(out, rank, generator=generator)}, 3.0
-        )
+        up = 0.02 * torch.randn(out, rank, generator=generator)
+        return Update("lora", {"down": down, "up": up}, 3.0)
 
     shapes = fit.known_shapes(name)
     updates = {f"unet.{p}": update(*s[:2]) for p, s in shapes.items() if p.endswith(ends)}
     if text:
-        width = 768 if "v2" not in name else 1024
+        width = fit.config_of(name)["cross_attention_dim"]
         for layer in range(2):
             path = f"text_encoder.text_model.encoder.layers.{layer}.self_attn"
             updates |= {f"{path}.{n}": update(width, width) for n in ("q_proj", "v_proj")}
@@ -372,6 +372,97 @@ def test_lycoris_on_three_by_three_convolutions(tmp_path: Path) -> None:
     block = (weights["conv2"] - before["conv2"])[out // 2 :, : second.shape[1]]
     wanted = t["conv2.lokr_w1"][1, 0] * second
     torch.testing.assert_close(block, wanted, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["lokr", "dora"])
+def test_pefts_own_scales(tmp_path: Path, kind: str) -> None:
+    """LoKr by two whole factors, and DoRA on convolutions, as PEFT itself computes them."""
+    from peft import LoKrConfig, LoraConfig, get_peft_model
+
+    from bksdm_tune.lora.fold import fold
+    from tiny import make_unet
+
+    torch.manual_seed(0)
+    unet, plain = make_unet(size="tiny"), make_unet(size="tiny")
+    plain.load_state_dict(unet.state_dict())
+    if kind == "lokr":  # a rank so large that nothing is decomposed
+        config: Any = LoKrConfig(r=64, alpha=16, target_modules=["to_q"])
+    else:
+        config = LoraConfig(r=2, lora_alpha=3, target_modules=["conv1"], use_dora=True)
+    model = get_peft_model(unet, config)
+    for name, value in model.named_parameters():
+        if "lokr_" in name or "lora_" in name:
+            value.data = 0.1 * torch.randn_like(value) + (value.data if "magnitude" in name else 0)
+    model.save_pretrained(tmp_path)
+    fold({"unet": plain}, fit.check(tmp_path, plain.config), tmp_path)
+    merged, folded = model.merge_and_unload().state_dict(), plain.state_dict()
+    assert merged.keys() == folded.keys()
+    for key, value in merged.items():
+        torch.testing.assert_close(folded[key], value, rtol=1e-4, atol=1e-5, msg=key)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "here"),
+    [("base", "teacher"), ("small", "tiny"), ("tiny", "small"), ("teacher", "base")],
+)
+def test_widths_that_no_registry_knows(tmp_path: Path, made_for: str, here: str) -> None:
+    """A file without metadata: the blocks of the U-Net it is for are told from its layers."""
+    from tiny import unet_config
+
+    def config(size: str) -> dict[str, Any]:
+        return student_config(unet_config(), PLANS[size])
+
+    shapes = {p: s for p, s in fit.layer_shapes(config(made_for)).items() if p.endswith(ENDS)}
+    lora = {p: {"down": torch.ones(1, s[1]), "up": torch.ones(s[0], 1)} for p, s in shapes.items()}
+    updates = {f"unet.{path}": Update("lora", factors) for path, factors in lora.items()}
+    path = tmp_path / "a.safetensors"
+    save_file(layouts.kohya_tensors(updates.items()), path)
+    fit.check(path, config(made_for))
+    with pytest.raises(DataError, match="wrong places") as refused:
+        fit.check(path, config(here))
+    assert f"the {made_for} U-Net of these widths" in str(refused.value)
+    assert teacher_of(config(made_for), PLANS[made_for]) == config("teacher")
+
+
+def test_text_of_another_width_is_refused(tmp_path: Path) -> None:
+    """A text encoder's adapter alone says so by its width."""
+    whole = make("bk-v2-base")
+    text = Adapter({k: u for k, u in whole.updates.items() if k.startswith("text")}, "kohya")
+    path = tmp_path / "a.safetensors"
+    save_file(layouts.kohya_tensors(text.updates.items()), path)
+    fit.check(path, fit.config_of("sd-v2"))
+    with pytest.raises(DataError, match="sd-v2 or bk-v2-base"):
+        fit.check(path, fit.config_of("bk-base"))
+
+
+def test_lycoris_files_cross_as_they_are(tmp_path: Path, capsys: Any) -> None:
+    """LoHa, LoKr and DoRA have no low rank to write in diffusers' layout; their factors move."""
+    r = torch.randn
+    layer = "lora_unet_up_blocks_1_attentions_2_transformer_blocks_0_attn1_to_"
+    tensors = {
+        f"{layer}q.hada_w1_a": r(1280, 2), f"{layer}q.hada_w1_b": r(2, 1280),
+        f"{layer}q.hada_w2_a": r(1280, 2), f"{layer}q.hada_w2_b": r(2, 1280),
+        f"{layer}k.lokr_w1": r(2, 2), f"{layer}k.lokr_w2_a": r(640, 2),
+        f"{layer}k.lokr_w2_b": r(2, 384), f"{layer}v.lora_down.weight": r(2, 768),
+        f"{layer}v.lora_up.weight": r(1280, 2), f"{layer}v.dora_scale": r(1280, 1),
+    }  # fmt: skip
+    for name in "kv":  # attn2 alone looks at the text
+        tensors = {k.replace(f"attn1_to_{name}", f"attn2_to_{name}"): v for k, v in tensors.items()}
+    path, out = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(tensors, path)
+    words = ["port", str(path), "--from", "sd-v1", "--to", "bk-base", "--out", str(out)]
+    assert main(words) == 0, capsys.readouterr().err
+    before, after = layouts.read(path), layouts.read(out)
+    assert after.kinds == ["loha", "lokr", "lora+dora"]
+    for name in ("attn1.to_q", "attn2.to_k", "attn2.to_v"):
+        one, other = (
+            a.updates[f"unet.up_blocks.1.attentions.{n}.transformer_blocks.0.{name}"]
+            for a, n in ((before, 2), (after, 1))
+        )
+        torch.testing.assert_close(one.delta(), other.delta())
+        assert (one.magnitude is None) == (other.magnitude is None)
+    heal = [*words[:-1], str(tmp_path / "c.safetensors"), "--heal", "--subject", "sks dog"]
+    assert main(heal) == 2 and "plain LoRAs" in capsys.readouterr().err
 
 
 def test_the_command_that_is_named_works(tmp_path: Path, capsys: Any) -> None:

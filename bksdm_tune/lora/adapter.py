@@ -71,7 +71,7 @@ class Update:
         wanted = self.magnitude.float()
         along_inputs = wanted.ndim > 1 and len(wanted) == 1 and wanted.numel() > 1
         dims = [d for d in range(changed.ndim) if d != int(along_inputs)]
-        norm = changed.norm(dim=dims, keepdim=True)
+        norm = torch.linalg.vector_norm(changed, dim=dims, keepdim=True)
         if wanted.numel() != norm.numel():
             raise DataError("has a DoRA magnitude that does not fit its layer.")
         whole = changed * (wanted.reshape(norm.shape) / norm)
