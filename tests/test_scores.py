@@ -179,7 +179,7 @@ def test_ceiling_with_and_without_self_pairs(world: dict[str, Any], judges: Any)
 
 def test_the_report_opens_offline(world: dict[str, Any]) -> None:
     text = (world["out"] / "report.html").read_text()
-    assert "<svg" in text and "backpack_dog" in text and "data:image/jpeg" in text
+    assert "<svg" in text and "backpack_dog" in text and "data:image/webp" in text
     for word in ('src="http', 'href="http', "<script", "@import"):
         assert word not in text
 

@@ -75,8 +75,8 @@ def thumbnail(path: Path) -> str:
     image = open_photo(path)
     image.thumbnail((THUMBNAIL, THUMBNAIL), Image.Resampling.BICUBIC)
     data = io.BytesIO()
-    image.save(data, "JPEG", quality=80)
-    return "data:image/jpeg;base64," + base64.b64encode(data.getvalue()).decode()
+    image.save(data, "WEBP", quality=75)
+    return "data:image/webp;base64," + base64.b64encode(data.getvalue()).decode()
 
 
 def scatter(points: Sequence[Point], note: str, joined: bool = False) -> str:
