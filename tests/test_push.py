@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from bksdm_tune.artifacts import verify_manifest
 from bksdm_tune.cli import main
 from hub import Hub
 from tiny import make_pipeline
@@ -46,7 +47,7 @@ def push(hub: Hub, run: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, env=environment, capture_output=True, text=True, timeout=120)
 
 
-def test_a_run_arrives_whole(hub: Hub, run: Path) -> None:
+def test_a_run_arrives_whole(hub: Hub, run: Path, tmp_path: Path) -> None:
     done = push(hub, run, "--repo", "me/dog", "--private")
     assert done.returncode == 0, done.stderr
     files = hub.repos["me/dog"]
@@ -56,6 +57,11 @@ def test_a_run_arrives_whole(hub: Hub, run: Path) -> None:
     assert not any(name.startswith(("samples", "score", "checkpoint")) for name in files)
     card = files["README.md"].decode()
     assert card.startswith("---\n") and "## Scores" in card and "| dino | " in card
+    assert "rank, alpha" in card and "| LoRA targets | " in card and card.count("- text: ") == 3
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    verify_manifest(tmp_path)  # whoever downloads it can check what came
     assert "base_model:" in card and 'instance_prompt: "a sks11df dog"' in card
 
 

@@ -6,12 +6,14 @@ import json
 from typing import Any
 
 from bksdm_tune.backbones import EMBEDDED
+from bksdm_tune.dreambooth.config import Config
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.pipeline_folder import licence_of
 
 LORA_USAGE = """\
 pipe = StableDiffusionPipeline.from_pretrained("{base}")
 pipe.load_lora_weights("THIS FOLDER")"""
+WIDGETS = ("a {} in the snow", "a {} on the beach", "a {} with a city in the background")
 FULL_USAGE = 'pipe = StableDiffusionPipeline.from_pretrained("THIS FOLDER")'
 
 CARD = """\
@@ -23,7 +25,7 @@ base_model: {quoted_base}
 instance_prompt: {quoted_instance}
 tags: [dreambooth, bk-sdm, {method}]
 widget:
-- text: {quoted_widget}
+{widgets}
 ---
 # {trigger}: DreamBooth ({method}) on {backbone}
 
@@ -49,8 +51,8 @@ The backbone is {backbone}: {shape}. {adapter_note}
 |---|---|
 | photos | {photos} |
 | instance prompt, class prompt | {instance}; {class_prompt} |
-| steps, batch, learning rate | {steps}, {batch}, {rate:g} |
-| prior preservation | {prior}, weight {weight:g} |
+| steps, batch, learning rate, seed | {steps}, {batch}, {rate:g}, {seed} |
+{lora}| prior preservation | {prior}, weight {weight:g} |
 | text encoder | {text} |
 | trained parameters | {parameters:,} |
 | seconds, peak memory | {seconds:.0f} s{share}, {memory:.2f} GB |
@@ -85,7 +87,9 @@ def card(job: Job, results: dict[str, Any]) -> str:
         base=base,
         quoted_base=json.dumps(base),  # a JSON text is a YAML text, whatever is in it
         quoted_instance=json.dumps(job.instance_prompt),
-        quoted_widget=json.dumps(f"a {job.trigger} in the snow"),
+        widgets="\n".join(
+            "- text: " + json.dumps(template.format(job.trigger)) for template in WIDGETS
+        ),
         usage=usage,
         method=job.method,
         trigger=job.trigger,
@@ -94,8 +98,10 @@ def card(job: Job, results: dict[str, Any]) -> str:
         adapter_note=note if config.model.lora else "",
         instance=job.instance_prompt,
         class_prompt=job.class_prompt,
-        widget=f"a {job.trigger} in the snow",
+        widget=WIDGETS[0].format(job.trigger),
         photos=f"{len(job.photos.photos)}: {job.photo_source}",
+        seed=config.training.seed,
+        lora=lora_rows(config),
         steps=config.training.steps,
         batch=config.training.batch_size,
         rate=config.training.learning_rate,
@@ -108,6 +114,19 @@ def card(job: Job, results: dict[str, Any]) -> str:
         selection=selection_of(results["selection"]),
         memory=results["peak_memory_gb"],
     )
+
+
+def lora_rows(config: Config) -> str:
+    """Rank, alpha and targets as lines of the table; '' for full tuning."""
+    lora, text = config.lora, config.training.train_text_encoder
+    if not config.model.lora:
+        return ""
+    rows = [f"| LoRA rank, alpha, dropout | {lora.rank}, {lora.alpha:g}, {lora.dropout:g} |",
+            f"| LoRA targets | {' '.join(lora.targets or ())} |"]  # fmt: skip
+    if text:
+        rank, alpha = lora.text_encoder_rank, lora.text_encoder_alpha
+        rows.append(f"| the same in the text encoder | {rank}, {alpha:g} |")
+    return "".join(f"{row}\n" for row in rows)
 
 
 def share_of(together: int) -> str:

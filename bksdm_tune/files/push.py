@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,25 +41,37 @@ class Config:
 def main(argv: list[str]) -> int:
     config = parse(Config, argv, "bksdm-tune push")
     verify_manifest(config.run)
-    files = chosen(config.run)
+    files = contents(config.run)
     if config.dry_run:
-        for name, size in files.items():
+        sizes = {name: size_of(what) for name, what in files.items()}
+        for name, size in sizes.items():
             print(f"{size:>12,}  {name}")
-        total = sum(files.values()) / 1e6
+        total = sum(sizes.values()) / 1e6
         print(f"{len(files)} files, {total:.1f} MB, would go to {config.repo}. Nothing was sent.")
         return 0
-    print(f"Uploaded {len(files)} files: {upload(config, list(files))}")
+    print(f"Uploaded {len(files)} files: {upload(config, files)}")
     return 0
 
 
-def chosen(run: Path) -> dict[str, int]:
-    """Name -> bytes of what goes up: what the manifest lists, without the pictures on the way."""
-    listed = read_manifest(run)["files"]
-    names = [n for n in sorted(listed) if not n.startswith(LEFT_OUT)]
-    return {name: (run / name).stat().st_size for name in [*names, MANIFEST]}
+def contents(run: Path) -> dict[str, bytes | Path]:
+    """What goes up by name: what the manifest lists without the pictures on the way, the card with
+    its scores, and a manifest of just these, by which a copy can be verified."""
+    manifest = read_manifest(run)
+    names = [name for name in sorted(manifest["files"]) if not name.startswith(LEFT_OUT)]
+    files: dict[str, bytes | Path] = {name: run / name for name in names}
+    listed = {name: manifest["files"][name] for name in names}
+    card = card_with_scores(run)
+    files[CARD] = card
+    listed[CARD] = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    text = json.dumps(manifest | {"files": listed}, indent=2, sort_keys=True) + "\n"
+    return files | {MANIFEST: text.encode()}
 
 
-def upload(config: Config, names: list[str]) -> str:
+def size_of(what: bytes | Path) -> int:
+    return len(what) if isinstance(what, bytes) else what.stat().st_size
+
+
+def upload(config: Config, files: dict[str, bytes | Path]) -> str:
     """The address of the commit.
 
     Raises:
@@ -67,10 +80,7 @@ def upload(config: Config, names: list[str]) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    operations = [
-        CommitOperationAdd(name, content(config.run, name) if name == CARD else config.run / name)
-        for name in names
-    ]
+    operations = [CommitOperationAdd(name, what) for name, what in files.items()]
     try:
         api.create_repo(config.repo, private=config.private, exist_ok=True)
         commit = api.create_commit(
@@ -85,9 +95,8 @@ def upload(config: Config, names: list[str]) -> str:
     return str(commit.commit_url)
 
 
-def content(run: Path, name: str) -> bytes:
-    """The card, with the scores if the run was scored."""
-    text = (run / name).read_text("utf-8")
+def card_with_scores(run: Path) -> bytes:
+    text = (run / CARD).read_text("utf-8")
     scores = run / "score" / "scores.json"
     return (text + (scores_section(scores) if scores.is_file() else "")).encode()
 
