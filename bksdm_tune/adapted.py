@@ -56,10 +56,7 @@ def side_path(rows: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
 
 
 def lean_forward(layer: Any, adapter: str, rows: Tensor) -> Tensor:
-    """In place of the ``forward`` of a PEFT linear layer; nothing is added while ``layer.on`` is
-    False."""
-    if not layer.on:
-        return layer.base_layer(rows)
+    """In place of the ``forward`` of a PEFT linear layer."""
     down, up = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     dropout, scaling = layer.lora_dropout[adapter], layer.scaling[adapter]
     if isinstance(dropout, nn.Identity):

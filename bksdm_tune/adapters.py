@@ -8,8 +8,6 @@ text-encoder keys with the ``text_model.`` level that transformers 5 dropped, al
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -60,7 +58,7 @@ def inject(
     )
     model.add_adapter(config, adapter_name=ADAPTER_NAME)
     for layer in injected(model):
-        layer.on, layer.forward = True, partial(lean_forward, layer, ADAPTER_NAME)
+        layer.forward = partial(lean_forward, layer, ADAPTER_NAME)
     parameters = [p for p in model.parameters() if p.requires_grad]
     for parameter in parameters:
         parameter.data = at_least_single(parameter.data)
@@ -70,19 +68,6 @@ def inject(
 def injected(model: Any) -> list[Any]:
     """The model's layers that carry an adapter."""
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
-
-
-@contextmanager
-def switched_off(*models: Any) -> Iterator[None]:
-    """The untuned models, for the time of the block."""
-    layers = [layer for model in models for layer in injected(model)]
-    for layer in layers:
-        layer.on = False
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.on = True
 
 
 def adapter_metadata(part: str, config: LoraConfig) -> dict[str, Any]:

@@ -33,15 +33,13 @@ class StackedLora(nn.Module):
 
     def __init__(self, layer: LoraLinear, count: int) -> None:
         super().__init__()
-        self.base, self.scaling, self.on = layer.base_layer, layer.scaling[ADAPTER_NAME], True
+        self.base, self.scaling = layer.base_layer, layer.scaling[ADAPTER_NAME]
         down, up = (side[ADAPTER_NAME].weight for side in (layer.lora_A, layer.lora_B))
         self.down = nn.Parameter(down.detach().repeat(count, 1, 1))
         self.up = nn.Parameter(up.detach().repeat(count, 1, 1))
 
     def forward(self, rows: Tensor) -> Tensor:
         """(count * n, ..., in) -> (count * n, ..., out), subject after subject."""
-        if not self.on:
-            return self.base(rows)
         return adapted(rows, self.base, self.down, self.up, self.scaling)
 
 
@@ -79,17 +77,6 @@ class Stack:
         """Of the numbered model, each with the subjects first."""
         layers = [place.stacked for place in self.owners[model]]
         return [side for layer in layers for side in (layer.down, layer.up)]
-
-    @contextmanager
-    def switched_off(self) -> Iterator[None]:
-        """The untuned models, for the time of the block."""
-        for place in self.places.values():
-            place.stacked.on = False
-        try:
-            yield
-        finally:
-            for place in self.places.values():
-                place.stacked.on = True
 
     @contextmanager
     @torch.no_grad()

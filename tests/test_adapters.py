@@ -23,7 +23,6 @@ from bksdm_tune.adapters import (
     load_adapter,
     read_adapter,
     save_adapter,
-    switched_off,
 )
 from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError, UsageError
@@ -186,24 +185,12 @@ def test_adapters_train_in_float32_on_a_half_precision_base() -> None:
     assert {p.dtype for p in unet.parameters() if not p.requires_grad} == {torch.float16}
 
 
-def test_an_adapter_can_be_switched_off_and_comes_back() -> None:
-    models = tiny_models()
-    before = predict(models.unet, models.text_encoder)
-    unet, encoder = tuned(models)
-    after = predict(unet, encoder)
-    with switched_off(unet, encoder):
-        assert max(difference(predict(unet, encoder), before)) == 0
-    assert max(difference(predict(unet, encoder), after)) == 0
-    assert len(trained(unet, encoder)) == 134
-
-
 def layer_of(width: int, out: int, rank: int, dropout: float = 0.0) -> Any:
     model = nn.Sequential(nn.Linear(width, out)).double()
     config = LoraConfig(r=rank, lora_alpha=3, lora_dropout=dropout, target_modules=["0"])
     layer = get_peft_model(model, config).base_model.model[0].double()
     torch.manual_seed(2)
     randomised([layer.lora_B["default"].weight])
-    layer.on = True
     return layer
 
 

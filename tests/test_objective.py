@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import tiny
-from bksdm_tune.adapters import inject, switched_off
+from bksdm_tune.adapters import inject
 from bksdm_tune.diffusion import Noising, embed, tokenise, training_scheduler
 from bksdm_tune.dreambooth.ahead import OWN_STREAM, Ahead, Moments, Noised, Predict
 from bksdm_tune.dreambooth.objective import DreamBooth
@@ -164,6 +164,31 @@ def test_what_is_answered_together_does_not_depend_on_the_start() -> None:
         assert torch.equal(asked[-1], asked[window])
 
 
+def test_a_thread_beside_gives_the_same_and_returns_its_cores() -> None:
+    untuned = frozen_unet(tiny.make_unet(size="tiny"), embeddings()[1])
+    plain = ahead(noising("epsilon"), untuned, (moments(2, 1), None), window=3)
+    cores = torch.get_num_threads()
+    stream = replace(plain, beside=True)(1)
+    wanted = plain(1)
+    for _ in range(8):
+        torch.manual_seed(5)  # as the loop does, for dropout
+        (told,), (other,) = next(stream), next(wanted)
+        torch.testing.assert_close(astuple(told), astuple(other), rtol=1e-5, atol=1e-6)
+    del stream
+    assert torch.get_num_threads() == cores
+
+
+def test_what_fails_beside_is_told() -> None:
+    def untuned(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        raise ValueError("of the other thread")
+
+    stream = replace(
+        ahead(noising("epsilon"), untuned, (moments(2, 1), None), window=3), beside=True
+    )
+    with pytest.raises(ValueError, match="of the other thread"):
+        next(stream(0))
+
+
 def test_noise_differs_between_micro_batches() -> None:
     rows = [
         batch[0].noisy
@@ -196,6 +221,7 @@ def tuned(size: str, text: bool, checkpointing: bool) -> tuple[Any, Any, dict[st
 def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[str, Tensor]:
     torch.manual_seed(0)
     unet, encoder, lora = tuned(size, text, checkpointing)
+    before = tiny.make_unet(size=size)
     ids = tokenise(tiny.make_tokenizer(), ["a xyz dog", "a dog"])
 
     def conditions() -> list[tuple[Tensor, Tensor]]:
@@ -206,8 +232,7 @@ def gradients(size: str, text: bool, checkpointing: bool, prior: str) -> dict[st
 
     @torch.no_grad()
     def untuned(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        with switched_off(unet):
-            return unet(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
+        return before(noisy, timesteps, kind.expand(len(noisy), -1, -1)).sample
 
     objective = DreamBooth(unet, noising("epsilon"), conditions)
     # The mid block of an 8x8 latent attends to its one position: no gradient for q and k.

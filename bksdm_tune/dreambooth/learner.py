@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,16 +97,13 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     embeds = embed_prompts(job, [*taught, *prompts])
     unet = load_unet(job)
     text_encoder = load_part(job.parts, "text_encoder").to(job.device) if trains_text(job) else None
-    before = copy.deepcopy(unet) if needs_copy(job) else unet
+    untuned = make_untuned(jobs, unet, embeds)
     alone = make_trainable(job, unet, text_encoder)
     trainable: LoraWeights | FullWeights | StackedWeights = alone
-    off: Callable[[], Any] = functools.partial(adapters.switched_off, unet)
     if len(jobs) > 1:
         models = [unet] if text_encoder is None else [unet, text_encoder]
         trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
-        off = trainable.stack.switched_off
     enable_memory_savers(job, unet, text_encoder)
-    untuned = make_untuned(jobs, before, embeds, contextlib.nullcontext if needs_copy(job) else off)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)
     batches = make_batches(job, data, noising, untuned)
@@ -131,11 +126,6 @@ def moments(job: Job, others: ClassPictures) -> Moments:
 
 def trains_text(job: Job) -> bool:
     return bool(job.config.training.train_text_encoder)
-
-
-def needs_copy(job: Job) -> bool:
-    """Full tuning overwrites eps_0's weights; a LoRA is switched off instead."""
-    return job.config.prior.prior == "prediction" and not job.config.model.lora
 
 
 def load_unet(job: Job) -> Any:
@@ -214,38 +204,42 @@ def make_conditions(
     return encode
 
 
-def make_untuned(
-    jobs: list[Job], unet: Any, embeds: dict[str, Tensor], off: Callable[[], Any]
-) -> Predict:
-    """eps_0: the frozen copy, or the U-Net under ``off``; each job has an equal share of rows."""
-    dtype, precision, device = None, jobs[0].config.training.precision, jobs[0].device
-    if needs_copy(jobs[0]):
-        dtype = frozen_dtype(precision, device)
-        unet.to(dtype).requires_grad_(False)
+def make_untuned(jobs: list[Job], unet: Any, embeds: dict[str, Tensor]) -> Predict | None:
+    """eps_0 for prior prediction, from the U-Net as it is now; each job has an equal share of rows.
+
+    Under a LoRA it has the same weights, which stay as they are; full tuning overwrites its own.
+    """
+    config, device = jobs[0].config, jobs[0].device
+    if config.prior.prior != "prediction":
+        return None
+    precision = config.training.precision
+    shared = {id(p): p for p in unet.parameters()} if config.model.lora else {}
+    twin = copy.deepcopy(unet, shared).requires_grad_(False)
+    if not shared:
+        twin.to(frozen_dtype(precision, device))
     prompts = torch.cat([embeds[job.class_prompt] for job in jobs])
 
     @torch.no_grad()
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         text = prompts.repeat_interleave(len(noisy) // len(prompts), 0)
-        with off(), autocast(precision, device):
-            return unet(
-                noisy.to(dtype or noisy.dtype), timesteps, text.to(dtype or text.dtype)
-            ).sample
+        with autocast(precision, device):
+            return twin(noisy.to(twin.dtype), timesteps, text.to(twin.dtype)).sample
 
     return predict
 
 
-def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predict) -> Ahead:
+def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predict | None) -> Ahead:
     training = job.config.training
     assert training.batch_size is not None
     there = [(a.to(job.device), None if b is None else b.to(job.device)) for a, b in data]
-    predicts, side = job.config.prior.prior == "prediction", there[0][0].shape[-1]
+    rows, side = len(data) * training.batch_size, there[0][0].shape[-1]
     return Ahead(
         clean=clean_batches(there, training.batch_size, training.seed),
         noising=noising,
         scaling_factor=scaling_factor(job.parts.root / "vae"),
         seed=training.seed,
         accumulation=training.accumulation,
-        untuned=untuned if predicts else None,
-        window=window(job.device, len(data) * training.batch_size, side) if predicts else 1,
+        untuned=untuned,
+        window=1 if untuned is None else window(job.device, rows, side),
+        beside=job.device == "cpu",
     )

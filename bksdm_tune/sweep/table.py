@@ -181,7 +181,8 @@ def markdown(
         of = f"{row['cells']} of {row['of']}"
         cells = [row["arm"], of, row["photos"], *scores, *rest, *costs]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", "| B - A | DINO | CLIP-I | CLIP-T | PRES |", "|---" * 5 + "|"]
+    if pairs:
+        lines += ["", "| B - A | DINO | CLIP-I | CLIP-T | PRES |", "|---" * 5 + "|"]
     for pair in pairs:
         if pair["reason"]:
             lines.append(f"| {pair['b']} - {pair['a']} | not comparable: {pair['reason']} | | | |")
