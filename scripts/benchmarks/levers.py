@@ -1,14 +1,15 @@
 """What each lever of the DreamBooth step is worth: the step with all of them, and without one.
 
 ``as it is``            the default LoRA step of the backbone
-``PEFT's forward``      LoRA layers as PEFT runs them, and switched off as it does for eps_0
+``PEFT's forward``      LoRA layers as PEFT runs them
 ``side paths``          our forward, nothing folded
-``eps_0 one by one``    no micro-batches ahead
+``eps_0 not beside``    the untuned backbone answers before a step, not in a thread beside it
+``eps_0 one by one``    nor for several micro-batches ahead
 ``contiguous``          the U-Net not channels last
 ``no prior``            a step without prior preservation, for comparison: less work
 
 Models and data are loaded before the clock starts; every side takes its turn in one process.
-``--full`` tunes all weights, where only the last three apply.
+``--full`` tunes all weights, where the LoRA's own do not apply.
 """
 
 from __future__ import annotations
@@ -16,7 +17,6 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 from unittest import mock
@@ -37,28 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def as_pefts(stepper: Stepper) -> None:
-    """PEFT's forward, and its way to switch an adapter off."""
-    unet = stepper.learner.unet
-    for model in (unet, stepper.learner.text_encoder):
+    for model in (stepper.learner.unet, stepper.learner.text_encoder):
         for layer in [] if model is None else injected(model):
             del layer.forward
 
-    @contextmanager
-    def off() -> Any:
-        unet.disable_adapters()
-        try:
-            yield
-        finally:
-            unet.enable_adapters()
 
-    predict = stepper.learner.batches.untuned
-    assert predict is not None
-
-    def untuned(noisy: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        with off():
-            return predict(noisy, timesteps)
-
-    change(stepper, untuned=untuned)
+def not_beside(stepper: Stepper) -> None:
+    change(stepper, beside=False)
 
 
 def one_by_one(stepper: Stepper) -> None:
@@ -71,7 +56,6 @@ def contiguous(stepper: Stepper) -> None:
 
 def change(stepper: Stepper, **parts: Any) -> None:
     stepper.learner = replace(stepper.learner, batches=replace(stepper.learner.batches, **parts))
-    stepper.stream = stepper.learner.batches(0)
 
 
 def unchanged(stepper: Stepper) -> None:
@@ -83,7 +67,8 @@ def measure(options: Any) -> None:
     changes: dict[str, Callable[[Stepper], None]] = {"as it is": unchanged}
     if lora:
         changes |= {"PEFT's forward": as_pefts, "side paths": unchanged}
-    changes |= {"eps_0 one by one": one_by_one, "contiguous": contiguous}
+    changes |= {"eps_0 not beside": not_beside, "eps_0 one by one": one_by_one}
+    changes |= {"contiguous": contiguous}
     steppers = {name: Stepper(options.backbone, 1, lora) for name in changes}
     for name, change_ in changes.items():
         change_(steppers[name])
@@ -93,7 +78,7 @@ def measure(options: Any) -> None:
         for name, stepper in steppers.items():
             fold = 0 if name == "side paths" else adapted.FOLD_UP_TO
             with mock.patch.object(adapted, "FOLD_UP_TO", fold):
-                mean = statistics.fmean(stepper.step() for _ in range(options.steps))
+                mean = stepper.turn(options.steps)
             if turn:  # the first warms up
                 seconds[name].append(mean)
     middle = {name: statistics.median(values) for name, values in seconds.items()}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +67,19 @@ class Stepper:
         groups = self.learner.trainable.parameter_groups()
         self.optimiser, self.schedule, _ = make_all(self.training, groups)
         self.parameters = [p for group in groups for p in group["params"]]
-        self.stream = self.learner.batches(0)
         self.clip = clip_each if count > 1 else torch.nn.utils.clip_grad_norm_
 
-    def step(self) -> float:
+    def turn(self, steps: int) -> float:
+        """Mean seconds of a step, after a window that warms up."""
+        stream = self.learner.batches(0)
+        for _ in range(self.learner.batches.window):
+            self.step(stream)
+        return statistics.fmean(self.step(stream) for _ in range(steps))
+
+    def step(self, stream: Iterator[Any]) -> float:
         started = time.perf_counter()
         with autocast(self.training.precision, self.device):
-            losses = self.learner.objective(next(self.stream))
+            losses = self.learner.objective(next(stream))
         losses["loss"].backward()
         self.clip(self.parameters, self.training.max_grad_norm)
         self.optimiser.step()
@@ -86,12 +93,9 @@ def seconds_a_step(options: Any) -> dict[int, float]:
     """Size -> seconds, the median over the turns of a turn's mean."""
     steppers = {size: Stepper(options.backbone, size) for size in options.sizes}
     seconds: dict[int, list[float]] = {size: [] for size in options.sizes}
-    for stepper in steppers.values():
-        stepper.step()
     for _ in range(options.repeats):
         for size, stepper in steppers.items():
-            turn = [stepper.step() for _ in range(options.steps)]
-            seconds[size].append(statistics.fmean(turn))
+            seconds[size].append(stepper.turn(options.steps))
     return {size: statistics.median(values) for size, values in seconds.items()}
 
 
