@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from typing import Any
 
 import pytest
@@ -162,31 +162,6 @@ def test_what_is_answered_together_does_not_depend_on_the_start() -> None:
         (again,) = take(stream, start, 1)
         torch.testing.assert_close(astuple(again[0]), astuple(whole[start][0]), rtol=0, atol=0)
         assert torch.equal(asked[-1], asked[window])
-
-
-def test_a_thread_beside_gives_the_same_and_returns_its_cores() -> None:
-    untuned = frozen_unet(tiny.make_unet(size="tiny"), embeddings()[1])
-    plain = ahead(noising("epsilon"), untuned, (moments(2, 1), None), window=3)
-    cores = torch.get_num_threads()
-    stream = replace(plain, beside=True)(1)
-    wanted = plain(1)
-    for _ in range(8):
-        torch.manual_seed(5)  # as the loop does, for dropout
-        (told,), (other,) = next(stream), next(wanted)
-        torch.testing.assert_close(astuple(told), astuple(other), rtol=1e-5, atol=1e-6)
-    del stream
-    assert torch.get_num_threads() == cores
-
-
-def test_what_fails_beside_is_told() -> None:
-    def untuned(noisy: Tensor, timesteps: Tensor) -> Tensor:
-        raise ValueError("of the other thread")
-
-    stream = replace(
-        ahead(noising("epsilon"), untuned, (moments(2, 1), None), window=3), beside=True
-    )
-    with pytest.raises(ValueError, match="of the other thread"):
-        next(stream(0))
 
 
 def test_noise_differs_between_micro_batches() -> None:

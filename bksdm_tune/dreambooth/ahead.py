@@ -1,15 +1,13 @@
 """The stream of batches: pictures in their order, noised, with what eps_0 makes of them.
 
 Nothing of this depends on what is trained, so the untuned backbone answers for several
-micro-batches in one forward, on a CPU while the ones before are trained on: a small batch leaves
-most of a machine idle (docs/performance.md).
+micro-batches in one forward: a small batch leaves most of a machine idle (docs/performance.md).
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
@@ -41,10 +39,6 @@ class Noised:
     """eps_0's answer, for prior prediction."""
 
 
-Span = list[list[Noised]]
-"""Micro-batches in a row."""
-
-
 @dataclass(frozen=True)
 class Ahead:
     """``batches(i)``: micro-batches from number ``i`` on, a list of one ``Noised`` a subject, each
@@ -62,23 +56,13 @@ class Ahead:
     accumulation: int = 1
     untuned: Predict | None = None
     window: int = 1
-    beside: bool = False
-    """Answer in a thread beside the training, where a window is more than one micro-batch."""
 
     def __call__(self, start: int) -> Iterator[list[Noised]]:
-        spans = self.spans(start - start % self.window)
-        told = beside(self.answered, spans) if self.overlaps else map(self.answered, spans)
-        return itertools.islice(itertools.chain.from_iterable(told), start % self.window, None)
-
-    @property
-    def overlaps(self) -> bool:
-        return self.beside and self.window > 1
-
-    def spans(self, first: int) -> Iterator[Span]:
-        """Windows of micro-batches, the first of which has the number ``first``."""
+        first = start - start % self.window
         stream = self.clean(first)
         for number in itertools.count(first, self.window):
-            yield [self.noised(next(stream), number + i) for i in range(self.window)]
+            span = [self.noised(next(stream), number + i) for i in range(self.window)]
+            yield from self.answered(span)[max(0, start - number) :]
 
     def noised(self, batch: list[Moments], number: int) -> list[Noised]:
         return [self.draw(own, number) for own in batch]
@@ -90,7 +74,7 @@ class Ahead:
         moments = instance if class_images is None else torch.cat([instance, class_images])
         return Noised(len(instance), *self.noising(sample_latents(moments, self.scaling_factor)))
 
-    def answered(self, span: Span) -> Span:
+    def answered(self, span: list[list[Noised]]) -> list[list[Noised]]:
         """With eps_0's answers; all parts have equally many rows."""
         if self.untuned is None:
             return span
@@ -99,21 +83,6 @@ class Ahead:
         answers = iter(self.untuned(noisy, timesteps).chunk(len(parts)))
         told = [replace(part, taught=next(answers)) for part in parts]
         return [told[number :: len(span)] for number in range(len(span))]
-
-
-def beside(work: Callable[[Span], Span], spans: Iterator[Span]) -> Iterator[Span]:
-    """``map`` whose next result is made by another thread, with half of the cores, while this one
-    is used.  The spans come in the caller's thread, whose random numbers they take."""
-    cores = torch.get_num_threads()
-    torch.set_num_threads(max(1, cores // 2))
-    try:
-        with ThreadPoolExecutor(1) as pool:
-            coming = pool.submit(work, next(spans))
-            for span in spans:
-                made, coming = coming, pool.submit(work, span)
-                yield made.result()
-    finally:
-        torch.set_num_threads(cores)
 
 
 def _input(part: Noised) -> tuple[Tensor, Tensor]:

@@ -215,7 +215,7 @@ def make_untuned(jobs: list[Job], unet: Any, embeds: dict[str, Tensor]) -> Predi
     precision = config.training.precision
     shared = {id(p): p for p in unet.parameters()} if config.model.lora else {}
     twin = copy.deepcopy(unet, shared).requires_grad_(False)
-    if not shared:
+    if not config.model.lora:
         twin.to(frozen_dtype(precision, device))
     prompts = torch.cat([embeds[job.class_prompt] for job in jobs])
 
@@ -241,5 +241,4 @@ def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predi
         accumulation=training.accumulation,
         untuned=untuned,
         window=1 if untuned is None else window(job.device, rows, side),
-        beside=job.device == "cpu",
     )

@@ -154,8 +154,7 @@ def save_result(job: Job, learner: Learner) -> None:
 
 
 def timed_batch(learner: Learner) -> tuple[list[Noised], float]:
-    """A micro-batch, and what one costs in seconds where nothing is done beside it, the forward of
-    eps_0 shared out."""
+    """A micro-batch, and what one costs in seconds, the forward of eps_0 shared out."""
     stream, window = learner.batches(0), learner.batches.window
     for _ in range(window):
         batch = next(stream)  # warms up
@@ -185,8 +184,7 @@ def dry_run(job: Job) -> str:
     optimiser, _, ema = make_all(training, groups)
     precision, (batch, loading) = choose(training.precision, job.device), timed_batch(learner)
     once = step_seconds(learner.objective, batch, optimiser, ema, precision, job.device)
-    both = max if learner.batches.overlaps else sum
-    step = both((once, loading)) * training.accumulation
+    step = (once + loading) * training.accumulation
     weights = sum(p.numel() for g in groups for p in g["params"])
     copies = 3 + bool(training.ema)  # in a checkpoint, float32: weights, two moments, average
     disk = 4 * weights * (1 + copies * (output.keep + 1))  # one more while they rotate

@@ -3,8 +3,7 @@
 ``as it is``            the default LoRA step of the backbone
 ``PEFT's forward``      LoRA layers as PEFT runs them
 ``side paths``          our forward, nothing folded
-``eps_0 not beside``    the untuned backbone answers before a step, not in a thread beside it
-``eps_0 one by one``    nor for several micro-batches ahead
+``eps_0 one by one``    no micro-batches ahead
 ``contiguous``          the U-Net not channels last
 ``no prior``            a step without prior preservation, for comparison: less work
 
@@ -42,10 +41,6 @@ def as_pefts(stepper: Stepper) -> None:
             del layer.forward
 
 
-def not_beside(stepper: Stepper) -> None:
-    change(stepper, beside=False)
-
-
 def one_by_one(stepper: Stepper) -> None:
     change(stepper, window=1)
 
@@ -67,8 +62,7 @@ def measure(options: Any) -> None:
     changes: dict[str, Callable[[Stepper], None]] = {"as it is": unchanged}
     if lora:
         changes |= {"PEFT's forward": as_pefts, "side paths": unchanged}
-    changes |= {"eps_0 not beside": not_beside, "eps_0 one by one": one_by_one}
-    changes |= {"contiguous": contiguous}
+    changes |= {"eps_0 one by one": one_by_one, "contiguous": contiguous}
     steppers = {name: Stepper(options.backbone, 1, lora) for name in changes}
     for name, change_ in changes.items():
         change_(steppers[name])
