@@ -93,7 +93,14 @@ def _adapter_file(path: Path, config: Config) -> Model:
     ref = config.backbone or (adapter.made_from.backbone if adapter.made_from else None)
     if ref is None:
         raise UsageError(f"{path} does not say what it goes on; name it with --backbone.")
-    parts = replace(resolve(ref, config.base), adapter=path)
+    try:
+        parts = replace(resolve(ref, config.base), adapter=path)
+    except UsageError:
+        if config.backbone is not None:
+            raise
+        raise UsageError(
+            f"{path} was made on {ref}, which is not here; name it with --backbone."
+        ) from None
     return Model(parts, adapter.trigger)
 
 

@@ -121,8 +121,10 @@ def put_on(pipe: Any, whole: Adapter, adapter: Path, name: str) -> None:
     if not whole.plain:
         fold({"unet": pipe.unet, "text_encoder": pipe.text_encoder}, whole, adapter)
         return
-    try:  # with every alpha the rank: diffusers gives a kohya file one alpha for all its layers
-        pipe.load_lora_weights(layouts.diffusers_tensors(whole.with_alpha(None)))
+    # Every alpha the rank, and one rank: diffusers gives a file without metadata one alpha.
+    even = whole.with_alpha(None).with_rank(whole.largest_rank)
+    try:
+        pipe.load_lora_weights(layouts.diffusers_tensors(even))
     except (RuntimeError, ValueError, TypeError) as error:
         raise DataError(f"{adapter} does not fit {name}: {str(error).splitlines()[0]}") from None
 

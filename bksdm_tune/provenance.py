@@ -16,6 +16,7 @@ class Provenance:
     """What an adapter was made from; all fields are text."""
 
     backbone: str
+    """Registry name or Hub id; of a folder its name alone, for files are given away."""
     architecture: str
     """Fingerprint of the U-Net's config (bksdm_tune.architecture)."""
     shape: str
@@ -23,7 +24,7 @@ class Provenance:
     trigger: str
     """What the adapter means in a prompt; empty: nothing says so."""
     run: str
-    """Content key of the run, as in its manifest."""
+    """Content key of the run, as in its manifest; else in words how it was made."""
 
     def metadata(self) -> dict[str, str]:
         return {KEY: json.dumps(asdict(self), sort_keys=True)}

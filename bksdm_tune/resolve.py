@@ -27,6 +27,8 @@ from bksdm_tune.errors import DataError, UsageError
 
 INDEX = "model_index.json"
 ADAPTER = "pytorch_lora_weights.safetensors"
+PEFT_PARTS = (".", "unet", "text_encoder")
+"""Where a PEFT folder has its files: one for all, or one for each part."""
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 LORA_RUN = "dreambooth-lora"
 REQUIRED_PARTS = ("scheduler", "text_encoder", "tokenizer", "unet", "vae")
@@ -55,7 +57,7 @@ class Parts:
     backbone: Backbone | None
     """The registry row, where the U-Net is that row's own."""
     adapter: Path | None = None
-    """LoRA file of a run; the other fields then describe the backbone it was trained on."""
+    """LoRA file, or PEFT folder; the other fields then describe the backbone it goes on."""
 
 
 def resolve(ref: str, base: str | None = None) -> Parts:
@@ -110,11 +112,13 @@ def hash_model(parts: Parts) -> dict[str, str | None]:
 
 
 def hash_adapter(path: Path) -> str:
-    """Content key of an adapter file, or of a PEFT folder."""
+    """Content key of an adapter file, or of a PEFT folder or its file, with the configuration."""
+    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
+        path = path.parent
     if path.is_file():
         return sha256_file(path)
-    files = sorted(path.rglob("adapter_*.*"))
-    return content_key({file.relative_to(path).as_posix(): sha256_file(file) for file in files})
+    names = [f"{part}/{file}" for part in PEFT_PARTS for file in (PEFT_FILE, PEFT_CONFIG)]
+    return content_key({n: sha256_file(path / n) for n in names if (path / n).is_file()})
 
 
 def is_adapter(path: Path) -> bool:
@@ -122,7 +126,7 @@ def is_adapter(path: Path) -> bool:
     part."""
     if path.is_file():
         return path.suffix == ".safetensors"
-    return any((path / part / PEFT_CONFIG).is_file() for part in ("", "unet", "text_encoder"))
+    return any((path / part / PEFT_CONFIG).is_file() for part in PEFT_PARTS)
 
 
 def tuned_from(run: Path) -> Parts | None:

@@ -81,8 +81,8 @@ def test_a_lora_run_in_every_format(runs: Any, tmp_path: Path, name: str, capsys
 def test_every_format_of_a_file_of_another_tool(
     tmp_path: Path, size: str, v2: bool, text: bool
 ) -> None:
-    """Kohya's keys, linear layers and convolutions, two alphas unlike the rank; diffusers, PEFT and
-    this program's own reader see what the formula says."""
+    """Kohya's keys, linear layers and convolutions, two ranks, two alphas unlike them; diffusers,
+    PEFT and this program's own reader see what the formula says."""
     base = make_pipeline(tmp_path / "base", size=size, v2=v2)
     wanted, path = written_by_hand(base, text, tmp_path)
     plain = predicted(StableDiffusionPipeline.from_pretrained(base, safety_checker=None))
@@ -95,15 +95,17 @@ def test_every_format_of_a_file_of_another_tool(
             theirs = loaded(base, out)
         elif name == "merged":
             theirs = predicted(StableDiffusionPipeline.from_pretrained(out, safety_checker=None))
-        elif name == "peft":  # a folder for each part; it names the backbone itself
-            theirs = predicted(load_pipeline(find_model(Config(str(out), "")).parts, "cpu"))
+        elif name == "peft":  # a folder for each part
+            found = find_model(Config(str(out), "", backbone=str(base)))
+            theirs = predicted(load_pipeline(found.parts, "cpu"))
         else:
             continue  # read by diffusers' converters in the command
         scale = float(wanted.abs().max())
         assert float((wanted - theirs).abs().max()) < 1e-5 * max(1, scale), name
         if name != "merged":
             assert layouts.read(out).trigger == "zwx cat"
-            assert layouts.read(out).made_from is not None
+            made_from = layouts.read(out).made_from
+            assert made_from is not None and made_from.backbone == "base"  # not where it lies
 
 
 def written_by_hand(base: Path, text: bool, folder: Path) -> tuple[torch.Tensor, Path]:
@@ -121,12 +123,13 @@ def written_by_hand(base: Path, text: bool, folder: Path) -> tuple[torch.Tensor,
     for number, (path, module) in enumerate(modules.items()):
         out, inner, *kernel = module.weight.shape
         ones = [1] * len(kernel)
-        down, up = 0.2 * torch.randn(2, inner, *kernel), 0.2 * torch.randn(out, 2, *ones)
+        rank = 4 if kernel else 2
+        down, up = 0.2 * torch.randn(rank, inner, *kernel), 0.2 * torch.randn(out, rank, *ones)
         alpha, name = (3.0, 5.0, 3.0)[number % 3], path.replace(".", "_")
         tensors |= {f"{name}.lora_down.weight": down, f"{name}.lora_up.weight": up}
         tensors[f"{name}.alpha"] = torch.tensor(alpha)
         change = (up.flatten(1) @ down.flatten(1)).reshape(module.weight.shape)
-        module.weight.data += alpha / 2 * change
+        module.weight.data += alpha / rank * change
     path = folder / "foreign.safetensors"
     save_file(tensors, path, {"modelspec.trigger_phrase": "zwx cat"})
     return predicted(pipe), path

@@ -7,12 +7,13 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from safetensors.torch import load_file
 
 from bksdm_tune.artifacts import read_manifest
 from bksdm_tune.cli import main
-from bksdm_tune.dreambooth.selection import best
+from bksdm_tune.dreambooth.selection import best, front
 from bksdm_tune.evaluate import watch
 from bksdm_tune.evaluate.watch import Point, Watch
 from tiny import make_pipeline
@@ -69,8 +70,9 @@ def test_scoring_changes_nothing(backbone: Path, tmp_path: Path) -> None:
 def test_the_best_step_is_delivered(
     backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """4 is more like the photos than 2; 6 still more, but it has forgotten the words."""
-    scripted(monkeypatch, {2: (0.2, 0.8), 4: (0.5, 0.75), 6: (0.9, 0.6)})
+    """4 is more like the photos than the last step, by whose interval it has not fewer words; 2 has
+    more of both at first, and none of its weights is needed when 4 is there."""
+    scripted(monkeypatch, {2: (0.4, 0.7), 4: (0.5, 0.75), 6: (0.45, 0.8)})
     flags = ["--score-every", "2", "--checkpoint-every", "2", "--keep", "9"]
     assert run(backbone, tmp_path / "run", *flags, "--keep-best") == 0
     manifest = read_manifest(tmp_path / "run")
@@ -81,6 +83,9 @@ def test_the_best_step_is_delivered(
     for step, same in ((4, True), (6, False)):
         other = load_file(tmp_path / f"run/checkpoint-{step}" / LORA)
         assert all((delivered[key] == other[key]).all() for key in delivered) == same
+    assert [path.name for path in (tmp_path / "run").glob("checkpoint-scored*")] == [
+        "checkpoint-scored-4"
+    ]
     assert "Step 4 of 6 taken is what is here" in (tmp_path / "run/README.md").read_text()
 
 
@@ -96,16 +101,32 @@ def test_it_stops_where_nothing_gets_better(
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 6
 
 
-def test_each_point_is_held_against_the_best_before_it() -> None:
+def test_the_newest_point_says_how_many_words_may_be_lost() -> None:
     def point(step: int, dino: float, clip: float) -> Point:
         return Point(step, dino, clip, (0, 1), (clip - 0.05, clip + 0.05))
 
-    path = [point(1, 0.3, 0.8), point(2, 0.4, 0.76), point(3, 0.5, 0.7), point(4, 0.45, 0.72)]
-    chosen = best(path)  # 3 lost more words than 2's interval allows, and 4 than 1's
-    assert chosen is not None and chosen.step == 2
-    chosen = best([*path, point(5, 0.41, 0.9)])
-    assert chosen is not None and chosen.step == 5
+    learning = [point(1, 0.3, 0.8), point(2, 0.7, 0.6)]  # the subject is only now learned
+    assert best(learning) is learning[1]
+    path = [*learning, point(3, 0.6, 0.66)]  # 2 lost more words than 3's interval allows
+    assert best(path) is path[2]
+    path.append(point(4, 0.5, 0.64))  # but not more than 4's
+    assert best(path) is path[1]
     assert best([]) is None
+
+
+def test_what_may_be_the_best_later_is_kept() -> None:
+    """Whatever comes next, the best is never among those whose weights were let go."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        path: list[Point] = []
+        forgotten: set[int] = set()
+        for step in range(8):
+            dino, clip = rng.integers(0, 6, 2) / 10  # ties as well
+            path.append(Point(step, dino, clip, (0, 1), (clip - 0.15, clip + 0.15)))
+            forgotten |= {p.step for p in path} - {p.step for p in front(path)}
+            chosen = best(path)
+            assert chosen is not None and chosen.step not in forgotten
+        assert forgotten
 
 
 def test_photos_are_held_out(backbone: Path, tmp_path: Path, capsys: Any) -> None:

@@ -18,7 +18,6 @@ from bksdm_tune.files.export_command import source_of
 from bksdm_tune.files.write import write_adapter
 from bksdm_tune.licences import OPENRAIL_NOTICE, POCKET_LICENCE, POCKET_NOTICE
 from bksdm_tune.lora import fit
-from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import ADAPTER, LORA_RUN, Parts, hash_parts, resolve, unet_config
 
 HOURS = 24
@@ -84,7 +83,7 @@ def import_adapter(path: Path, folder: Path, backbone: str, trigger: str) -> Non
     shape = architecture.describe(config)
     fingerprint = architecture.fingerprint(config)
     with atomic_folder(folder) as scratch:
-        made_from = Provenance(parts.ref, fingerprint, shape, words, sha256_file(path))
+        made_from = fit.provenance(parts, words, sha256_file(path))
         write_adapter(scratch / ADAPTER, whole, "diffusers", made_from)
         named = {"ref": parts.ref, "base": parts.base, "name": parts.name}
         parents = {"backbone": named | {"architecture": fingerprint, **hash_parts(parts)}}

@@ -217,8 +217,8 @@ class Output:
     score_every: int = 0
     """Draw a fixed grid and score it every so many steps (DINO, CLIP-T); 0 is not."""
     keep_best: bool = False
-    """Deliver the best of the scored steps: more like the photos, and no less like the words than
-    the 95 % interval of the best before it. Default: the last step."""
+    """Deliver the scored step that is most like the photos and no less like the words than the last
+    one's 95 % interval. Default: the last step."""
     patience: int = 0
     """Stop after so many scorings in a row without a better one; 0 is never."""
     dry_run: bool = False

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bksdm_tune import adapters, architecture
+from bksdm_tune import adapters
 from bksdm_tune.artifacts import cached
 from bksdm_tune.diffusion import (
     Noising,
@@ -25,11 +25,10 @@ from bksdm_tune.diffusion import (
 from bksdm_tune.dreambooth.ahead import Ahead, Moments, Predict, clean_batches, window
 from bksdm_tune.dreambooth.job import Job
 from bksdm_tune.dreambooth.objective import DreamBooth
+from bksdm_tune.lora.fit import provenance
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
 from bksdm_tune.precision import autocast, frozen_dtype
-from bksdm_tune.provenance import Provenance
-from bksdm_tune.resolve import unet_config
 from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
 from subjects.photos import open_photo
@@ -155,18 +154,7 @@ def make_trainable(job: Job, unet: Any, text_encoder: Any | None) -> LoraWeights
             lora.dropout,
             lora.text_encoder_targets,
         )
-    return LoraWeights(unet, text_encoder, rates, provenance(job))
-
-
-def provenance(job: Job) -> Provenance:
-    config = unet_config(job.parts)
-    return Provenance(
-        backbone=job.parts.name,
-        architecture=architecture.fingerprint(config),
-        shape=architecture.describe(config),
-        trigger=job.trigger,
-        run=job.key,
-    )
+    return LoraWeights(unet, text_encoder, rates, provenance(job.parts, job.trigger, job.key))
 
 
 def enable_memory_savers(job: Job, unet: Any, text_encoder: Any | None) -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import shutil
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 from bksdm_tune.artifacts import atomic_folder, write_text_atomic
@@ -20,7 +20,8 @@ from bksdm_tune.evaluate.report import write_curve
 from bksdm_tune.evaluate.watch import ON_THE_WAY, Point, Watch, check_protocol, curve, read_points
 from bksdm_tune.optim import EMA
 
-BEST, CURVE = "checkpoint-best", "scores.png"
+CURVE = "scores.png"
+SCORED = "checkpoint-scored-"
 
 
 def sitter_of(job: Job) -> Sitter:
@@ -30,7 +31,8 @@ def sitter_of(job: Job) -> Sitter:
 
 
 class Selection:
-    """An event of the loop: draws the grid, scores it, notes it, keeps the weights if better."""
+    """An event of the loop: draws the grid, scores it, notes it, keeps the weights that may yet
+    be the best."""
 
     def __init__(self, job: Job, learner: Learner, ema: EMA | None) -> None:
         self.job, self.learner, self.ema = job, learner, ema
@@ -54,29 +56,50 @@ class Selection:
         unet, text, embeds = self.learner.unet, self.learner.text_encoder, self.learner.embeds
         drawn = pictures.draw_now(self.job, shots, unet, text, embeds, f"scoring step {step}")
         point = self.watch.score(step, drawn)
-        if self.job.config.output.keep_best and best([*self.points, point]) is point:
-            shutil.rmtree(self.job.folder / BEST, ignore_errors=True)
-            with atomic_folder(self.job.folder / BEST) as scratch:
+        if self.job.config.output.keep_best:
+            shutil.rmtree(self.kept(point), ignore_errors=True)
+            with atomic_folder(self.kept(point)) as scratch:
                 self.learner.trainable.save(scratch)
         self.points.append(point)
+        self.forget([p for p in self.points if p not in front(self.points)])
         lines = "".join(json.dumps(asdict(point)) + "\n" for point in self.points)
         write_text_atomic(self.job.folder / ON_THE_WAY, lines)
 
     def deliver(self) -> None:
-        """The best weights into the models; the curve beside the card."""
-        if self.job.config.output.keep_best and best(self.points):
-            self.learner.trainable.load(self.job.folder / BEST)
+        """The best weights into the models, no others kept; the curve beside the card."""
+        chosen = best(self.points)
+        if self.job.config.output.keep_best and chosen is not None:
+            self.learner.trainable.load(self.kept(chosen))
+            self.forget([point for point in self.points if point is not chosen])
         write_curve(self.job.folder / CURVE, curve(self.points))
+
+    def kept(self, point: Point) -> Path:
+        return self.job.folder / f"{SCORED}{point.step}"
+
+    def forget(self, points: list[Point]) -> None:
+        for point in points:
+            shutil.rmtree(self.kept(point), ignore_errors=True)
 
 
 def best(points: list[Point]) -> Point | None:
-    """The best so far gives way to a point that is more like the photos, and whose CLIP-T is below
-    no earlier best's 95 % interval: so the words are not lost by small steps."""
-    chosen, least = None, -math.inf
-    for point in points:
-        if chosen is None or (point.dino > chosen.dino and point.clip_t >= least):
-            chosen, least = point, max(least, point.clip_t_ci95[0])
-    return chosen
+    """The point most like the photos of those whose CLIP-T is not below the newest one's 95 %
+    interval: fidelity gained over training to the end, without losing the words."""
+    if not points:
+        return None
+    least = points[-1].clip_t_ci95[0]
+    return max((p for p in points if p.clip_t >= least), key=lambda p: (p.dino, p.clip_t))
+
+
+def front(points: list[Point]) -> list[Point]:
+    """Those that no other equals in both and betters in one; a later best is new or among them."""
+    return [
+        p
+        for p in points
+        if not any(
+            q.dino >= p.dino and q.clip_t >= p.clip_t and (q.dino, q.clip_t) != (p.dino, p.clip_t)
+            for q in points
+        )
+    ]
 
 
 def read_selection(job: Job) -> dict[str, Any] | None:

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from bksdm_tune.artifacts import MANIFEST, locked
 from bksdm_tune.dreambooth.job import Job
-from bksdm_tune.dreambooth.learner import Learner, provenance
+from bksdm_tune.dreambooth.learner import Learner
 from bksdm_tune.dreambooth.train import draw_preview, finish, load
 from bksdm_tune.errors import UsageError
 from bksdm_tune.loop import Event, LoopSettings, fit
+from bksdm_tune.lora.fit import provenance
 from bksdm_tune.optim import make_all
 from bksdm_tune.precision import choose
 from bksdm_tune.runs import claim, occupy, seconds_before
@@ -103,7 +104,10 @@ def leave(
     assert isinstance(stacked, StackedWeights)
     with stacked.stack.alone(number):
         own = LoraWeights(
-            learner.unet, learner.text_encoder, stacked.learning_rates, provenance(job)
+            learner.unet,
+            learner.text_encoder,
+            stacked.learning_rates,
+            provenance(job.parts, job.trigger, job.key),
         )
         mine = replace(learner, trainable=own)
         draw_preview(job, mine, job.config.training.steps or 0)

@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.files import coreml_format, ldm, onnx_format
 from bksdm_tune.files.answers import Answers, apart, ask
@@ -30,7 +29,7 @@ from bksdm_tune.pipeline import load_part, load_pipeline
 from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import Parts, unet_config
-from bksdm_tune.weights import fill, save_part
+from bksdm_tune.weights import LEVEL, fill, save_part
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
@@ -101,19 +100,17 @@ def answers_of(parts: Parts) -> Answers:
     return ask(pipe.unet, pipe.text_encoder, pipe.tokenizer, pipe.vae)
 
 
-def provenance(source: Source, adapter: Adapter | None) -> Provenance:
+def record(source: Source, adapter: Adapter | None) -> Provenance:
     """The adapter's own, with the words that call it; of what other tools made, what is known."""
     if adapter is not None and adapter.made_from is not None:
         return replace(adapter.made_from, trigger=source.trigger or adapter.made_from.trigger)
-    before, config = source.before, unet_config(source.before)
-    wanted = fingerprint(config)
-    return Provenance(before.ref, wanted, describe(config), source.trigger or "", "exported")
+    return fit.provenance(source.before, source.trigger or "", "exported")
 
 
 def write_diffusers(source: Source, target: Path) -> None:
     adapter = layouts.read(source.adapter)
     adapter.check_plain("The layout diffusers")
-    write_adapter(target, adapter, "diffusers", provenance(source, adapter))
+    write_adapter(target, adapter, "diffusers", record(source, adapter))
 
 
 def write_kohya(source: Source, target: Path) -> None:
@@ -122,7 +119,7 @@ def write_kohya(source: Source, target: Path) -> None:
     adapter.check_plain("The layout kohya")
     adapter = adapter.with_alpha(adapter.common_alpha)
     more = kohya_metadata(source, adapter)
-    write_adapter(target, adapter, "kohya", provenance(source, adapter), **more)
+    write_adapter(target, adapter, "kohya", record(source, adapter), **more)
 
 
 def kohya_metadata(source: Source, adapter: Adapter) -> dict[str, str]:
@@ -161,7 +158,7 @@ def write_peft(source: Source, target: Path) -> None:
     adapter = layouts.read(source.adapter)
     adapter.check_plain("A PEFT folder")
     metadata = json.loads(layouts.diffusers_metadata(adapter)["lora_adapter_metadata"])
-    ours = provenance(source, adapter).metadata()
+    ours = record(source, adapter).metadata()
     for part in (UNET, TEXT):
         if not adapter.of(part):
             continue
@@ -248,7 +245,20 @@ def read_single_file(source: Source, target: Path) -> Answers:
     found = convert.convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))
     own = vae.state_dict()
     fill(vae, {key: value.reshape(own[key].shape) for key, value in found.items()})
+    check_way_back(tensors, unet, vae, text)
     return ask(unet, text, load_part(source.parts, "tokenizer"), vae)
+
+
+def check_way_back(tensors: dict[str, Tensor], *models: Any) -> None:
+    """Our own reader of the one file (U-Net, VAE, text encoder) says the same, bit for bit."""
+    unet, vae, _ = models
+    keys = list(unet.state_dict()), list(vae.state_dict())
+    back = ldm.from_ldm(tensors, unet.config, keys[0], vae.config, keys[1])
+    for model, mine in zip(models, back, strict=True):
+        for key, value in model.state_dict().items():
+            found = mine.get(key.removeprefix(LEVEL))
+            if found is None or not torch.equal(found.float(), value):
+                raise DataError(f"{key} reads back differently; nothing was written.")
 
 
 def write_onnx(source: Source, target: Path) -> None:
@@ -290,7 +300,7 @@ def write_svd(source: Source, target: Path) -> None:
     if not updates:
         raise DataError("Nothing was changed by the tuning; there is nothing to extract.")
     adapter = Adapter(dict(sorted(updates.items())), "diffusers")
-    write_adapter(target, adapter, "diffusers", provenance(source, None))
+    write_adapter(target, adapter, "diffusers", record(source, None))
 
 
 def _eye(change: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ class Config:
     """Write a run or an adapter in another tool's format, read it back, and compare."""
 
     model: Positional[str]
-    """Run folder, adapter file, or (merged, single-file, onnx, coreml) any backbone."""
+    """Run folder, adapter (file, or PEFT's folder), or (merged, single-file, onnx, coreml) any
+    backbone."""
     format: Literal["diffusers", "peft", "kohya", "merged", "single-file", "onnx", "coreml", "svd"]
     """diffusers, peft, kohya: the adapter; merged: a whole pipeline with it folded in; single-file:
     the same as one checkpoint in LDM's layout (ComfyUI, A1111); onnx: U-Net, text encoder and VAE

@@ -60,9 +60,10 @@ def contents(run: Path) -> dict[str, bytes | Path]:
     names = [name for name in sorted(manifest["files"]) if not name.startswith(LEFT_OUT)]
     files: dict[str, bytes | Path] = {name: run / name for name in names}
     listed = {name: manifest["files"][name] for name in names}
-    card = card_with_scores(run)
-    files[CARD] = card
-    listed[CARD] = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
+    if CARD in listed:
+        card = card_with_scores(run)
+        files[CARD] = card
+        listed[CARD] = {"bytes": len(card), "sha256": hashlib.sha256(card).hexdigest()}
     text = json.dumps(manifest | {"files": listed}, indent=2, sort_keys=True) + "\n"
     return files | {MANIFEST: text.encode()}
 

@@ -6,7 +6,6 @@ Paths are those of transformers 4 and diffusers: ``unet.down_blocks.0...to_q``,
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -150,10 +149,27 @@ class Adapter:
             updates[path] = replace(update, factors=update.factors | {"up": scaled}, alpha=alpha)
         return replace(self, updates=updates)
 
+    def with_rank(self, rank: int) -> Adapter:
+        """Plain LoRAs of a smaller rank, whose alpha is their rank, filled up with zeros."""
+        updates = {}
+        for path, update in self.updates.items():
+            assert update.alpha is None
+            down, up, more = update.factors["down"], update.factors["up"], rank - update.rank
+            rows = down.new_zeros(more, *down.shape[1:])
+            columns = up.new_zeros(len(up), more, *up.shape[2:])
+            filled = {"down": torch.cat([down, rows]), "up": torch.cat([up, columns], 1)}
+            updates[path] = replace(update, factors=filled)
+        return replace(self, updates=updates)
+
+    @property
+    def largest_rank(self) -> int:
+        return max(update.rank for update in self.updates.values())
+
     @property
     def common_alpha(self) -> float:
-        """Of most layers."""
+        """Of most layers that change something."""
         alphas = [u.rank if u.alpha is None else u.alpha for u in self.updates.values()]
+        alphas = [alpha for alpha in alphas if alpha] or [1.0]
         return float(max(set(alphas), key=alphas.count))
 
     def check_plain(self, what: str) -> None:
@@ -209,15 +225,6 @@ def resize(adapter: Adapter, rank: int) -> tuple[Adapter, float]:
         kept, total = kept + energy * norm, total + norm
     share = kept / total if total else 1.0
     return Adapter(updates, "diffusers"), share
-
-
-def finite(adapter: Adapter) -> list[str]:
-    """Paths whose numbers are not all finite."""
-    return [
-        path
-        for path, update in adapter.updates.items()
-        if not all(math.isfinite(float(t.float().abs().max())) for t in update.factors.values())
-    ]
 
 
 def facts(adapter: Adapter) -> dict[str, Any]:

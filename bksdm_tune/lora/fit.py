@@ -16,6 +16,8 @@ from bksdm_tune.architecture import describe, fingerprint
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora import layouts
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter
+from bksdm_tune.provenance import Provenance
+from bksdm_tune.resolve import Parts, unet_config
 from bksdm_tune.unet_configs import (
     PLANS,
     TEACHER_UNETS,
@@ -156,6 +158,13 @@ def relatives(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
         if not misfits(adapter, shapes := layer_shapes(student_config(teacher, other)))
         and _all_layers(adapter, shapes)
     ]
+
+
+def provenance(parts: Parts, trigger: str, run: str) -> Provenance:
+    """The record for an adapter made on a backbone."""
+    config = unet_config(parts)
+    named = parts.name if Path(parts.ref).is_absolute() else parts.ref
+    return Provenance(named, fingerprint(config), describe(config), trigger, run)
 
 
 def registered(name: str) -> str:

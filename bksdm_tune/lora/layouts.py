@@ -25,7 +25,7 @@ from bksdm_tune.adapters import adapter_metadata
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
 from bksdm_tune.provenance import provenance_in
-from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, read_json
+from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, PEFT_PARTS, read_json
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BYTES = 4 * 2**30
@@ -258,7 +258,7 @@ def said_by(metadata: dict[str, str]) -> dict[str, Said]:
 
 def _peft_folder(folder: Path) -> Adapter:
     """A folder of PEFT, or with one for each part below it (``unet``, ``text_encoder``)."""
-    places = [p for p in (folder, folder / UNET, folder / TEXT) if (p / PEFT_FILE).is_file()]
+    places = [folder / part for part in PEFT_PARTS if (folder / part / PEFT_FILE).is_file()]
     if not places:
         raise DataError(f"{folder} holds no {PEFT_FILE}.")
     updates: dict[str, Update] = {}
@@ -269,20 +269,21 @@ def _peft_folder(folder: Path) -> Adapter:
         try:
             found = _adapter(tensors, metadata, {part: Said.of(config) for part in (UNET, TEXT)})
             said |= metadata
-            updates |= {path: _of_peft(update, config) for path, update in found.updates.items()}
+            updates |= {path: _of_peft(path, u, config) for path, u in found.updates.items()}
         except DataError as error:
             raise DataError(f"{place / PEFT_FILE} {error}") from None
     return Adapter(dict(sorted(updates.items())), "peft", said, provenance_in(said))
 
 
-def _of_peft(update: Update, config: dict[str, Any]) -> Update:
+def _of_peft(path: str, update: Update, config: dict[str, Any]) -> Update:
     """LoKr by two whole factors has PEFT's scale alpha / r, where LyCORIS has none."""
     if update.kind != "lokr" or not {"w1", "w2"} <= update.factors.keys():
         return update
-    try:
-        scale = float(config["alpha"]) / float(config["r"])
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        raise DataError("is a LoKr whose configuration lacks alpha or r.") from None
+    said = {"alpha": config.get("r"), "alpha_pattern": config.get("rank_pattern")}
+    rank = Said.of(said).alpha_of(path.partition(".")[2], 1)
+    if not rank or update.alpha is None:
+        raise DataError("is a LoKr whose configuration lacks alpha or r.")
+    scale = update.alpha / rank
     return replace(update, factors=update.factors | {"w1": scale * update.factors["w1"].float()})
 
 
