@@ -148,7 +148,8 @@ def report(options: argparse.Namespace, facts: Facts) -> None:
         for name in ("diffusers", "reference")
         if (path := getattr(options, name, None)) is not None
     }
-    heading = {"command": " ".join(["python", *sys.argv]), "commit": revision(ROOT), "peers": peers}
+    words = [Path(word).name if Path(word).is_absolute() else word for word in sys.argv]
+    heading = {"command": " ".join(["python", *words]), "commit": revision(ROOT), "peers": peers}
     whole = heading | facts | machine()
     text = json.dumps(whole, indent=2, default=str)
     options.out.parent.mkdir(parents=True, exist_ok=True)
