@@ -2,10 +2,10 @@
 
 ``ours`` draws as ``bksdm-tune generate`` does, ``diffusers`` is ``StableDiffusionPipeline`` with
 ``load_lora_weights`` as its documentation has it; both get the same prompts, seeds, steps, guidance
-scale and batch, models loaded and warm.  ``diffusers, one by one`` is the same with its default of one
-picture a call; ours draws four at a time unless told otherwise.  ``largest_difference`` is between their pictures, in steps
-of 255.  ``loop`` is the U-Net alone, over the teacher and the students: how much faster a student
-is, and how much less arithmetic it has.
+scale and batch, models loaded and warm.  ``diffusers, one by one`` is the same with its default of
+one picture a call; ours draws four at a time unless told otherwise.  ``largest_difference`` is from
+our pictures, in steps of 255.  ``loop`` is the U-Net alone, over the teacher and the students: how
+much faster a student is, and how much less arithmetic it has.
 """
 
 from __future__ import annotations
