@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import astuple
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ import tiny
 from bksdm_tune.adapters import inject
 from bksdm_tune.diffusion import Noising, embed, tokenise, training_scheduler
 from bksdm_tune.dreambooth.ahead import OWN_STREAM, Ahead, Moments, Noised, Predict
+from bksdm_tune.dreambooth.learner import make_untuned
 from bksdm_tune.dreambooth.objective import DreamBooth
 from bksdm_tune.loop import seed_for
 
@@ -162,6 +164,34 @@ def test_what_is_answered_together_does_not_depend_on_the_start() -> None:
         (again,) = take(stream, start, 1)
         torch.testing.assert_close(astuple(again[0]), astuple(whole[start][0]), rtol=0, atol=0)
         assert torch.equal(asked[-1], asked[window])
+
+
+@pytest.mark.parametrize("lora", [True, False])
+def test_eps_0_shares_the_weights_under_a_lora_alone(lora: bool) -> None:
+    """A LoRA leaves them as they are, so a second copy would be memory for nothing; full tuning
+    overwrites its own."""
+    unet, kind = tiny.make_unet(size="tiny"), embeddings()[1]
+    training = SimpleNamespace(precision="no")
+    config = SimpleNamespace(
+        prior=SimpleNamespace(prior="prediction"),
+        model=SimpleNamespace(lora=lora),
+        training=training,
+    )
+    job: Any = SimpleNamespace(config=config, device="cpu", class_prompt="a dog")
+    untuned = make_untuned([job], unet, {"a dog": kind})
+    assert untuned is not None
+    noisy, timesteps = torch.randn(2, 4, 16, 16), torch.tensor([5, 700])
+    before = untuned(noisy, timesteps)
+    torch.testing.assert_close(before, unet(noisy, timesteps, kind.expand(2, -1, -1)).sample)
+    inject(unet, 2, 3.0, 0.0, ("to_q",))
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            parameter.data = torch.randn_like(parameter)
+    assert torch.equal(untuned(noisy, timesteps), before)
+    unet.conv_out.bias.data += 1
+    assert torch.equal(untuned(noisy, timesteps), before) != lora
+    config.prior.prior = "images"
+    assert make_untuned([job], unet, {}) is None
 
 
 def test_noise_differs_between_micro_batches() -> None:

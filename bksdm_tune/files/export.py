@@ -165,7 +165,7 @@ def write_peft(source: Source, target: Path) -> None:
         (target / part).mkdir()
         tensors = {}
         for path, update in adapter.of(part).items():
-            name = f"base_model.model.{path.removeprefix('text_model.')}"
+            name = f"base_model.model.{path.removeprefix(LEVEL)}"
             tensors[f"{name}.lora_A.weight"] = update.factors["down"].contiguous()
             tensors[f"{name}.lora_B.weight"] = update.factors["up"].contiguous()
         save_file(tensors, target / part / layouts.PEFT_FILE, {"format": "pt", **ours})
@@ -295,7 +295,7 @@ def write_svd(source: Source, target: Path) -> None:
                 continue
             whole = Update("lora", {"down": _eye(change), "up": change.flatten(1)})
             path = key.removesuffix(".weight")
-            level = "text_model." if part == TEXT and not path.startswith("text_model.") else ""
+            level = LEVEL if part == TEXT and not path.startswith(LEVEL) else ""
             updates[f"{part}.{level}{path}"] = resized(whole, source.rank)[0]
     if not updates:
         raise DataError("Nothing was changed by the tuning; there is nothing to extract.")
@@ -331,7 +331,7 @@ def energy(source: Source, target: Path) -> float:
                 continue
             change = value.float() - before[key].float()
             path = key.removesuffix(".weight")
-            update = updates.get(path) or updates.get(f"text_model.{path}")
+            update = updates.get(path) or updates.get(f"{LEVEL}{path}")
             total += float(change.square().sum())
             if update is not None:
                 kept += float(update.delta().square().sum())

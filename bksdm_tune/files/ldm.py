@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bksdm_tune.weights import LEVEL
+
 Tensors = dict[str, Tensor]
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
 TEXT_V1, TEXT_V2 = "cond_stage_model.transformer.", "cond_stage_model.model."
@@ -119,12 +121,12 @@ QKV = re.compile(r"(.*)self_attn\.(q|k|v)_proj\.(weight|bias)")
 
 def text_to_ldm(tensors: Tensors, v2: bool) -> Tensors:
     """The text encoder: transformers' names in v1, open_clip's in v2, whose q, k, v are one."""
-    levelled = {f"text_model.{key.removeprefix('text_model.')}": v for key, v in tensors.items()}
+    levelled = {f"{LEVEL}{key.removeprefix(LEVEL)}": v for key, v in tensors.items()}
     if not v2:
         return {TEXT_V1 + key: value for key, value in levelled.items()}
     found: Tensors = {}
     for key, value in levelled.items():
-        name = key.removeprefix("text_model.")
+        name = key.removeprefix(LEVEL)
         match = QKV.fullmatch(name)
         if match is None:
             found[TEXT_V2 + _open_clip(name)] = value
@@ -146,7 +148,7 @@ def text_from_ldm(tensors: Tensors) -> Tensors:
     found: Tensors = {}
     for key, value in tensors.items():
         if key.startswith(TEXT_V1):
-            found[key.removeprefix(f"{TEXT_V1}text_model.")] = value
+            found[key.removeprefix(f"{TEXT_V1}{LEVEL}")] = value
         elif key.startswith(TEXT_V2):
             name = key.removeprefix(TEXT_V2)
             for ours, theirs in OPEN_CLIP:

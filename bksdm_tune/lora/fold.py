@@ -9,6 +9,7 @@ import torch
 
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import Adapter
+from bksdm_tune.weights import LEVEL
 
 
 @torch.no_grad()
@@ -21,7 +22,7 @@ def fold(models: dict[str, Any], adapter: Adapter, path: Path) -> None:
     for part, model in models.items():
         modules = dict(model.named_modules())
         for name, update in adapter.of(part).items():
-            layer = modules.get(name) or modules.get(name.removeprefix("text_model."))
+            layer = modules.get(name) or modules.get(name.removeprefix(LEVEL))
             try:
                 assert layer is not None
                 layer.weight.copy_(update.merged(layer.weight))

@@ -26,6 +26,7 @@ from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
 from bksdm_tune.provenance import provenance_in
 from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, PEFT_PARTS, read_json
+from bksdm_tune.weights import LEVEL
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MOST_BYTES = 4 * 2**30
@@ -174,7 +175,7 @@ def _place(key: str) -> tuple[str, str, str, str] | None:
 def _layer(name: str) -> str:
     """With the part in front and, in the text encoder, the level that transformers 5 dropped."""
     if not name.startswith((f"{UNET}.", f"{TEXT}.")):
-        text = name.startswith(("text_model.", "encoder.layers.", "embeddings."))
+        text = name.startswith((LEVEL, "encoder.layers.", "embeddings."))
         name = f"{TEXT if text else UNET}.{name}"
     name = name.replace(".processor.", ".").replace(".text_encoder.", ".")
     if name.startswith(f"{TEXT}.") and ".text_model." not in name:
@@ -238,7 +239,7 @@ class Said:
         """That which makes alpha / rank the scale; PEFT matches the ends of names."""
         found = self.alpha
         for pattern, value in self.patterns:
-            names = (path, path.removeprefix("text_model."))
+            names = (path, path.removeprefix(LEVEL))
             if any(re.fullmatch(rf"(?:.*\.)?(?:{pattern})", name) for name in names):
                 found = value
                 break
@@ -304,7 +305,7 @@ def diffusers_metadata(adapter: Adapter) -> dict[str, str]:
     found: dict[str, Any] = {}
     for part in (UNET, TEXT):
         # Without the level that transformers 5 dropped: PEFT matches the ends of names.
-        own = {p.removeprefix("text_model."): update for p, update in adapter.of(part).items()}
+        own = {p.removeprefix(LEVEL): update for p, update in adapter.of(part).items()}
         if not own:
             continue
         ranks = {path: update.rank for path, update in own.items()}
