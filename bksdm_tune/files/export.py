@@ -33,7 +33,7 @@ from bksdm_tune.weights import LEVEL, fill, save_part
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 TOLERANCE = {"fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}
-PALETTISED = 0.1  # 64 values for each matrix
+PALETTISED = 0.25  # 64 values a matrix: 0.04 was seen on pocket, 0.12 on random full-size ones
 APPROXIMATE = float("inf")  # only reported
 
 
