@@ -113,12 +113,17 @@ def hash_model(parts: Parts) -> dict[str, str | None]:
 
 def hash_adapter(path: Path) -> str:
     """Content key of an adapter file, or of a PEFT folder or its file, with the configuration."""
-    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        path = path.parent
+    path = adapter_place(path)
     if path.is_file():
         return sha256_file(path)
     names = [f"{part}/{file}" for part in PEFT_PARTS for file in (PEFT_FILE, PEFT_CONFIG)]
     return content_key({n: sha256_file(path / n) for n in names if (path / n).is_file()})
+
+
+def adapter_place(path: Path) -> Path:
+    """The PEFT folder, where its file is named; what the file means stands beside it."""
+    inside = path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file()
+    return path.parent if inside else path
 
 
 def is_adapter(path: Path) -> bool:

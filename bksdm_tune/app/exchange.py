@@ -8,7 +8,6 @@ import time
 import uuid
 from pathlib import Path
 
-from bksdm_tune import architecture
 from bksdm_tune.app.library import Model, slug
 from bksdm_tune.artifacts import atomic_folder, sha256_file, write_manifest
 from bksdm_tune.backbones import get_backbone
@@ -80,12 +79,11 @@ def import_adapter(path: Path, folder: Path, backbone: str, trigger: str) -> Non
         whole = fit.check(path, config)
     except DataError as error:  # the person knows the file by its name alone
         raise DataError(str(error).replace(f"{path.parent}{os.sep}", "")) from None
-    shape = architecture.describe(config)
-    fingerprint = architecture.fingerprint(config)
+    made_from = fit.provenance(parts, words, sha256_file(path))
     with atomic_folder(folder) as scratch:
-        made_from = fit.provenance(parts, words, sha256_file(path))
         write_adapter(scratch / ADAPTER, whole, "diffusers", made_from)
         named = {"ref": parts.ref, "base": parts.base, "name": parts.name}
-        parents = {"backbone": named | {"architecture": fingerprint, **hash_parts(parts)}}
-        results = {"trigger": words, "shape": shape, "imported": True}
+        named["architecture"] = made_from.architecture
+        parents = {"backbone": {**named, **hash_parts(parts)}}
+        results = {"trigger": words, "shape": made_from.shape, "imported": True}
         write_manifest(scratch, LORA_RUN, {"training": {}}, parents, results)

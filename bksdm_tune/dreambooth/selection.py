@@ -61,7 +61,8 @@ class Selection:
             with atomic_folder(self.kept(point)) as scratch:
                 self.learner.trainable.save(scratch)
         self.points.append(point)
-        self.forget([p for p in self.points if p not in front(self.points)])
+        hopeful = front(self.points)
+        self.forget([p for p in self.points if p not in hopeful])
         lines = "".join(json.dumps(asdict(point)) + "\n" for point in self.points)
         write_text_atomic(self.job.folder / ON_THE_WAY, lines)
 

@@ -170,13 +170,9 @@ def architecture_of(path: Path, adapter: Any) -> str:
 
 def provenance_of(name: str, made_from: str | None, how: str) -> Any:
     """Our record for a file that was made from others."""
-    from bksdm_tune.architecture import describe as words
-    from bksdm_tune.architecture import fingerprint
-    from bksdm_tune.lora.fit import config_of, registered
-    from bksdm_tune.provenance import Provenance
+    from bksdm_tune.lora.fit import config_of, made_on, registered
 
-    config = config_of(name)
-    return Provenance(registered(name), fingerprint(config), words(config), made_from or "", how)
+    return made_on(config_of(name), registered(name), made_from or "", how)
 
 
 def resize(config: Resize) -> None:

@@ -243,8 +243,11 @@ def read_single_file(source: Source, target: Path) -> Answers:
     else:
         fill(text, convert.convert_ldm_clip_checkpoint(dict(tensors)))
     found = convert.convert_ldm_vae_checkpoint(dict(tensors), dict(vae.config))
-    own = vae.state_dict()
-    fill(vae, {key: value.reshape(own[key].shape) for key, value in found.items()})
+    before = {key: value.to(DTYPES[source.dtype]) for key, value in vae.state_dict().items()}
+    fill(vae, {key: value.reshape(before[key].shape) for key, value in found.items()})
+    for key, value in vae.state_dict().items():
+        if not torch.equal(value, before[key].float()):
+            raise DataError(f"The VAE's {key} reads back differently; nothing was written.")
     check_way_back(tensors, unet, vae, text)
     return ask(unet, text, load_part(source.parts, "tokenizer"), vae)
 

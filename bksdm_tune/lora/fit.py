@@ -162,8 +162,11 @@ def relatives(adapter: Adapter, config: Mapping[str, Any]) -> list[str]:
 
 def provenance(parts: Parts, trigger: str, run: str) -> Provenance:
     """The record for an adapter made on a backbone."""
-    config = unet_config(parts)
     named = parts.name if Path(parts.ref).is_absolute() else parts.ref
+    return made_on(unet_config(parts), named, trigger, run)
+
+
+def made_on(config: Mapping[str, Any], named: str, trigger: str, run: str) -> Provenance:
     return Provenance(named, fingerprint(config), describe(config), trigger, run)
 
 

@@ -25,7 +25,7 @@ from bksdm_tune.adapters import adapter_metadata
 from bksdm_tune.errors import DataError
 from bksdm_tune.lora.adapter import TEXT, UNET, Adapter, Update
 from bksdm_tune.provenance import provenance_in
-from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, PEFT_PARTS, read_json
+from bksdm_tune.resolve import PEFT_CONFIG, PEFT_FILE, PEFT_PARTS, adapter_place, read_json
 from bksdm_tune.weights import LEVEL
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -60,8 +60,7 @@ def read(path: Path) -> Adapter:
     Raises:
         DataError: it is missing, damaged, no safetensors, or no adapter of a Stable Diffusion.
     """
-    if path.name == PEFT_FILE and (path.parent / PEFT_CONFIG).is_file():
-        path = path.parent
+    path = adapter_place(path)
     if path.is_dir():
         return _peft_folder(path)
     tensors, metadata = _tensors(path)
