@@ -33,8 +33,10 @@ from bksdm_tune.checkpoints import (
     save_checkpoint,
 )
 from bksdm_tune.errors import DataError
+from bksdm_tune.memory import keep_freed_pages
 from bksdm_tune.optim import EMA, align_state
 from bksdm_tune.precision import at_least_single, autocast, choose
+from bksdm_tune.seeds import reseed, seed_for
 
 Losses = dict[str, torch.Tensor]
 Batches = Callable[[int], Iterator[Any]]
@@ -57,6 +59,21 @@ class Trainable(Protocol):
     def save(self, folder: Path) -> None: ...
 
     def load(self, folder: Path) -> None: ...
+
+
+class Helper(Protocol):
+    """Computes a share of every micro-batch beside the loop, which computes the rest
+    (bksdm_tune.twin)."""
+
+    def running(
+        self, parameters: list[torch.Tensor], first: int
+    ) -> contextlib.AbstractContextManager[None]: ...
+
+    def go(self) -> None: ...
+
+    def join(self, losses: Losses) -> Losses:
+        """Add the share's gradients to the parameters', its losses to these."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -119,11 +136,6 @@ def shuffled(size: int, batch_size: int, seed: int) -> Batches:
     return batches
 
 
-def seed_for(*numbers: int) -> int:
-    """A 63-bit seed from a tuple of integers; unrelated tuples give unrelated streams."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
 @contextlib.contextmanager
 def deferred_interrupt() -> Iterator[Callable[[], bool]]:
     """Yield ``interrupted()``; a first Ctrl-C or SIGTERM only sets it, a second one strikes."""
@@ -180,6 +192,7 @@ def fit(
     title: str = "training",
     trackers: tuple[Tracker, ...] = (),
     clip: Clip = torch.nn.utils.clip_grad_norm_,
+    helper: Helper | None = None,
 ) -> None:
     """Train until ``settings.steps``, resuming from the newest checkpoint in ``folder``.
 
@@ -194,6 +207,7 @@ def fit(
             last checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state of the current step was saved first.
     """
+    keep_freed_pages()
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     scaler = torch.amp.GradScaler(
         settings.device.split(":")[0], enabled=settings.precision == "fp16"
@@ -224,7 +238,10 @@ def fit(
     log = Log(folder / "log.jsonl", step)
     quiet = True if processes.rank() else None  # None: quiet where there is no terminal
     bar = tqdm(total=settings.steps, initial=step, desc=title, unit="step", disable=quiet)
-    with deferred_interrupt() as interrupted, contextlib.closing(log.file), bar:
+    help_: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if helper is not None:
+        help_ = helper.running(parameters, first * settings.accumulation)
+    with deferred_interrupt() as interrupted, contextlib.closing(log.file), bar, help_:
         while True:
             last = step == settings.steps
             if step > first and (last or stop or step % settings.checkpoint_every == 0):
@@ -243,10 +260,14 @@ def fit(
             started, totals = time.perf_counter(), dict[str, torch.Tensor]()
             for micro in range(settings.accumulation):
                 batch = next(stream)  # before seeding: a loader may draw numbers of its own
-                torch.manual_seed(seed_for(settings.seed, step, micro))
+                reseed(seed_for(settings.seed, step, micro))
+                if helper is not None:
+                    helper.go()
                 with autocast(settings.precision, settings.device):
                     losses = objective(batch)
                 scaler.scale(losses["loss"] / settings.accumulation).backward()
+                if helper is not None:
+                    losses = helper.join(losses)
                 for name, value in losses.items():
                     share = at_least_single(value.detach()) / settings.accumulation
                     totals[name] = totals[name] + share if name in totals else share

@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import resource
 import sys
 
 import psutil
 import torch
+
+TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them
+KEPT_BYTES = 1 << 30
+
+
+def keep_freed_pages() -> None:
+    """Let the C library keep what is freed for the next allocation, up to ``KEPT_BYTES`` of it.
+
+    By default glibc hands large blocks back to the system at once, and a training step fetches
+    them again page by page, zeroed: 1,400 faults in a step of pocket-base, a fifteenth of its time.
+    Other C libraries are left as they are.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        library = ctypes.CDLL(None)
+        library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
 
 
 def forget_peak(device: str) -> None:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -141,9 +142,25 @@ def test_stock_diffusers_draws_what_generate_draws(
     assert len(pictures(tmp_path / "ours")) == 3
 
 
-@pytest.mark.parametrize("method", [["--lora", "--dropout", "0.1", "--ema", "0.9"], []])
+LORA_FLAGS = ["--lora", "--dropout", "0.1", "--ema", "0.9"]
+
+
+@pytest.fixture
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    """As many threads in this process and in those that it starts; two bring the twin."""
+    before = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", str(request.param))
+        torch.set_num_threads(request.param)
+        yield request.param
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("method", "threads"), [(LORA_FLAGS, 1), ([], 1), (LORA_FLAGS, 2)], indirect=["threads"]
+)
 def test_killed_three_times_ends_with_the_same_bytes(
-    backbone: Path, tmp_path: Path, method: list[str]
+    backbone: Path, tmp_path: Path, method: list[str], threads: int
 ) -> None:
     flags = ["--checkpoint-every", "3", "--accumulation", "2", *method]
     assert run(backbone, tmp_path / "whole", *flags, steps=20) == 0

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bksdm_tune.checkpoints import list_checkpoints
 from bksdm_tune.errors import DataError
-from bksdm_tune.loop import Event, LoopSettings, fit, seed_for, shuffled
+from bksdm_tune.loop import Event, LoopSettings, fit, shuffled
 from bksdm_tune.optim import EMA, make_optimiser, make_schedule
+from bksdm_tune.seeds import seed_for
 
 SETTINGS = LoopSettings(steps=7, accumulation=2, checkpoint_every=2, keep=2, seed=3)
 EXAMPLES, BATCH = 7, 2  # 28 examples of 7: an epoch ends inside a batch

@@ -17,7 +17,7 @@ from bksdm_tune.diffusion import Noising, embed, tokenise, training_scheduler
 from bksdm_tune.dreambooth.ahead import OWN_STREAM, Ahead, Moments, Noised, Predict
 from bksdm_tune.dreambooth.learner import make_untuned
 from bksdm_tune.dreambooth.objective import DreamBooth
-from bksdm_tune.loop import seed_for
+from bksdm_tune.seeds import seed_for
 
 SCALE, WEIGHT, SEED = 0.3, 0.7, 4
 SIZES = ("teacher", "base", "small", "tiny")

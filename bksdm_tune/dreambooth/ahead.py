@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from bksdm_tune.diffusion import Noising, sample_latents
-from bksdm_tune.loop import seed_for, shuffled
+from bksdm_tune.loop import shuffled
+from bksdm_tune.seeds import reseed, seed_for
 
 Predict = Callable[[Tensor, Tensor], Tensor]
 Moments = tuple[Tensor, Tensor | None]
@@ -29,14 +30,18 @@ OWN_STREAM = 1
 
 @dataclass(frozen=True)
 class Noised:
-    """A subject's part of a micro-batch, its instances first: NCHW, (N,), NCHW."""
+    """A subject's rows of a micro-batch, or a share of them: its instances, then the prior's."""
 
-    instances: int
     noisy: Tensor
+    """NCHW; prior prediction has the instances' once more."""
     timesteps: Tensor
+    """(N,)"""
     target: Tensor
-    taught: Tensor | None = None
-    """eps_0's answer, for prior prediction."""
+    """NCHW; for the rows of prior prediction eps_0's answer."""
+    instances: int
+    """Of these rows."""
+    whole: tuple[int, int]
+    """Instances and prior rows of the micro-batch, whatever the share."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +51,7 @@ class Ahead:
 
     ``untuned(noisy, timesteps)`` is eps_0 under the class prompts, given all rows of the first
     subject, then those of the next; it answers ``window`` micro-batches at a time, whose borders do
-    not depend on where a run resumes.
+    not depend on where a run resumes.  ``share``: which of how many; every so-manieth row.
     """
 
     clean: Clean
@@ -56,6 +61,7 @@ class Ahead:
     accumulation: int = 1
     untuned: Predict | None = None
     window: int = 1
+    share: tuple[int, int] = (0, 1)
 
     def __call__(self, start: int) -> Iterator[list[Noised]]:
         first = start - start % self.window
@@ -69,24 +75,34 @@ class Ahead:
 
     def draw(self, own: Moments, number: int) -> Noised:
         step, micro = divmod(number, self.accumulation)
-        torch.manual_seed(seed_for(self.seed, step, micro, OWN_STREAM))
+        reseed(seed_for(self.seed, step, micro, OWN_STREAM))
         instance, class_images = own
         moments = instance if class_images is None else torch.cat([instance, class_images])
-        return Noised(len(instance), *self.noising(sample_latents(moments, self.scaling_factor)))
+        noisy, timesteps, target = self.noising(sample_latents(moments, self.scaling_factor))
+        order = torch.arange(len(moments), device=moments.device)
+        if self.untuned is not None:
+            order = order.repeat(2)
+        which, of = self.share
+        mine, whole = order[which::of], (len(instance), len(order) - len(instance))
+        instances = len(range(which, len(instance), of))
+        return Noised(noisy[mine], timesteps[mine], target[mine], instances, whole)
 
     def answered(self, span: list[list[Noised]]) -> list[list[Noised]]:
         """With eps_0's answers; all parts have equally many rows."""
-        if self.untuned is None:
-            return span
         parts = [part for subject in zip(*span, strict=True) for part in subject]
-        noisy, timesteps = (torch.cat(rows) for rows in zip(*map(_input, parts), strict=True))
-        answers = iter(self.untuned(noisy, timesteps).chunk(len(parts)))
-        told = [replace(part, taught=next(answers)) for part in parts]
-        return [told[number :: len(span)] for number in range(len(span))]
+        if self.untuned is None or parts[0].instances == len(parts[0].noisy):
+            return span
+        noisy = torch.cat([part.noisy[part.instances :] for part in parts])
+        timesteps = torch.cat([part.timesteps[part.instances :] for part in parts])
+        answers = self.untuned(noisy, timesteps).chunk(len(parts))
+        told = iter([_told(part, answer) for part, answer in zip(parts, answers, strict=True)])
+        subjects = [[next(told) for _ in span] for _ in span[0]]
+        return [list(batch) for batch in zip(*subjects, strict=True)]
 
 
-def _input(part: Noised) -> tuple[Tensor, Tensor]:
-    return part.noisy, part.timesteps
+def _told(part: Noised, answer: Tensor) -> Noised:
+    own = part.target[: part.instances]
+    return replace(part, target=torch.cat([own, answer.to(own.dtype)]))
 
 
 def clean_batches(data: list[Moments], size: int, seed: int) -> Clean:

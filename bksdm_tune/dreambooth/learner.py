@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +28,10 @@ from bksdm_tune.dreambooth.objective import DreamBooth
 from bksdm_tune.lora.fit import provenance
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import scaling_factor
-from bksdm_tune.precision import autocast, frozen_dtype
+from bksdm_tune.precision import autocast, choose, frozen_dtype
 from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
+from bksdm_tune.twin import Twin, pays
 from subjects.photos import open_photo
 
 
@@ -46,6 +47,12 @@ class Learner:
     trainable: LoraWeights | FullWeights | StackedWeights
     embeds: dict[str, Tensor]
     """Prompt -> (1, tokens, width), from the untuned text encoder."""
+    twin: Twin | None = None
+    """Computes what ``batches`` leave to it."""
+
+    @property
+    def twins_memory_gb(self) -> float:
+        return self.twin.memory_gb if self.twin else 0.0
 
 
 def moments_of(job: Job, paths: list[Path], hashes: list[str]) -> Tensor:
@@ -105,7 +112,8 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)
-    batches = make_batches(job, data, noising, untuned)
+    of = 2 if has_twin(job, unet) else 1
+    batches = make_batches(job, data, noising, untuned, of)
     objective = DreamBooth(
         unet=unet,
         noising=noising,
@@ -113,7 +121,18 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
         prior_weight=config.prior.prior_weight,
         min_snr_gamma=config.training.min_snr_gamma,
     )
-    return Learner(unet, text_encoder, objective, batches, trainable, embeds)
+    twin = None
+    if of > 1:
+        theirs = replace(batches, share=(1, of))
+        twin = Twin(objective, theirs, config.training.seed, config.training.accumulation)
+    return Learner(unet, text_encoder, objective, batches, trainable, embeds, twin)
+
+
+def has_twin(job: Job, unet: Any) -> bool:
+    training = job.config.training
+    rows = (training.batch_size or 1) * (1 if job.config.prior.prior == "none" else 2)
+    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    return choose(training.precision, job.device) == "no" and pays(job.device, weights, rows)
 
 
 def moments(job: Job, others: ClassPictures) -> Moments:
@@ -216,7 +235,10 @@ def make_untuned(jobs: list[Job], unet: Any, embeds: dict[str, Tensor]) -> Predi
     return predict
 
 
-def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predict | None) -> Ahead:
+def make_batches(
+    job: Job, data: list[Moments], noising: Noising, untuned: Predict | None, of: int
+) -> Ahead:
+    """The first of ``of`` equal shares."""
     training = job.config.training
     assert training.batch_size is not None
     there = [(a.to(job.device), None if b is None else b.to(job.device)) for a, b in data]
@@ -228,5 +250,6 @@ def make_batches(job: Job, data: list[Moments], noising: Noising, untuned: Predi
         seed=training.seed,
         accumulation=training.accumulation,
         untuned=untuned,
-        window=1 if untuned is None else window(job.device, rows, side),
+        window=1 if untuned is None else window(job.device, -(-rows // of), side),
+        share=(0, of),
     )

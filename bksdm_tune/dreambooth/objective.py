@@ -56,28 +56,24 @@ class DreamBooth:
         rows = Rows.together(parts)
         predicted = self.unet(rows.noisy, rows.timesteps, rows.prompts).sample
         answers = zip(predicted.chunk(len(parts)), parts, batch, strict=True)
-        losses = [self.weigh(answer, own, part.instances) for answer, own, part in answers]
+        losses = [self.weigh(answer, own, part) for answer, own, part in answers]
         means = {name: torch.stack([loss[name] for loss in losses]).mean() for name in losses[0]}
         return means | {"loss": torch.stack([loss["loss"] for loss in losses]).sum()}
 
     def rows(self, part: Noised, subject: Tensor, kind: Tensor) -> Rows:
         """A subject's instances first, then the prior's rows."""
-        noisy, timesteps, target = part.noisy, part.timesteps, part.target
-        prompts = [subject] * part.instances + [kind] * (len(noisy) - part.instances)
-        if part.taught is not None:
-            target = torch.cat([target, part.taught.to(target.dtype)])
-            prompts += [kind] * len(noisy)
-            noisy, timesteps = noisy.repeat(2, 1, 1, 1), timesteps.repeat(2)
-        return Rows(noisy, timesteps, torch.cat(prompts), target)
+        prompts = [subject] * part.instances + [kind] * (len(part.noisy) - part.instances)
+        return Rows(part.noisy, part.timesteps, torch.cat(prompts), part.target)
 
-    def weigh(self, predicted: Tensor, rows: Rows, n: int) -> dict[str, Tensor]:
-        """Losses from predictions whose first ``n`` rows are instances, the others the prior's."""
+    def weigh(self, predicted: Tensor, rows: Rows, part: Noised) -> dict[str, Tensor]:
+        """Losses from predictions for a part; of a share, what it adds to the whole's means."""
         predicted, target = at_least_single(predicted), at_least_single(rows.target)
         errors = F.mse_loss(predicted, target, reduction="none").mean((1, 2, 3))
         if self.min_snr_gamma is not None:
             errors = errors * self.noising.min_snr_weights(rows.timesteps, self.min_snr_gamma)
-        losses = {"instance": errors[:n].mean()}
-        if len(errors) > n:
-            losses["prior"] = errors[n:].mean()
+        own, others = part.whole
+        losses = {"instance": errors[: part.instances].sum() / own}
+        if others:
+            losses["prior"] = errors[part.instances :].sum() / others
             return losses | {"loss": losses["instance"] + self.prior_weight * losses["prior"]}
         return losses | {"loss": losses["instance"]}

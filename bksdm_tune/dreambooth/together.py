@@ -93,6 +93,7 @@ def optimise(jobs: list[Job], learner: Learner, folder: Path) -> None:
         learner.objective, learner.trainable, learner.batches, optimiser, schedule,
         LoopSettings.of(training, output, jobs[0].device), folder, ema,
         (Event(output.preview_every, preview),), title=f"{len(jobs)} subjects", clip=clip_each,
+        helper=learner.twin,
     )  # fmt: skip
 
 

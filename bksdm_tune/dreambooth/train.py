@@ -86,6 +86,7 @@ def optimise(job: Job, learner: Learner) -> None:
         ema,
         tuple(events),
         title=job.folder.name,
+        helper=learner.twin,
     )
     if selection is not None:
         selection.deliver()
@@ -121,7 +122,7 @@ def finish(job: Job, learner: Learner, seconds: float, together: int = 1) -> Non
         "seconds": round(seconds, 2),
         "trained_together": together,
         "selection": read_selection(job),
-        "peak_memory_gb": round(peak_memory_gb(job.device), 3),
+        "peak_memory_gb": round(peak_memory_gb(job.device) + learner.twins_memory_gb, 3),
     }
     pictures.write_contact_sheet(job)
     (folder / "README.md").write_text(card(job, results), "utf-8")

@@ -7,6 +7,7 @@ is drawn.  A step includes its share of what is made ahead.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import statistics
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from bksdm_tune.device import best_device
 from bksdm_tune.dreambooth.config import Config, Model, Output, PriorPreservation, Who
 from bksdm_tune.dreambooth.job import Job, prepare
 from bksdm_tune.dreambooth.train import load
+from bksdm_tune.memory import keep_freed_pages
 from bksdm_tune.optim import make_all
 from bksdm_tune.precision import autocast
 from bksdm_tune.stacked import clip_each
@@ -63,6 +65,7 @@ class Stepper:
     ) -> None:
         members = jobs(backbone, count, lora, prior)
         self.training, self.device = members[0].config.training, members[0].device
+        keep_freed_pages()
         self.learner = load(members)
         groups = self.learner.trainable.parameter_groups()
         self.optimiser, self.schedule, _ = make_all(self.training, groups)
@@ -71,16 +74,21 @@ class Stepper:
 
     def turn(self, steps: int) -> float:
         """Mean seconds of a step, after a window that warms up."""
-        stream = self.learner.batches(0)
-        for _ in range(self.learner.batches.window):
-            self.step(stream)
-        return statistics.fmean(self.step(stream) for _ in range(steps))
+        stream, twin = self.learner.batches(0), self.learner.twin
+        with twin.running(self.parameters, 0) if twin else contextlib.nullcontext():
+            for _ in range(self.learner.batches.window):
+                self.step(stream)
+            return statistics.fmean(self.step(stream) for _ in range(steps))
 
     def step(self, stream: Iterator[Any]) -> float:
-        started = time.perf_counter()
+        started, twin, batch = time.perf_counter(), self.learner.twin, next(stream)
+        if twin:
+            twin.go()
         with autocast(self.training.precision, self.device):
-            losses = self.learner.objective(next(stream))
+            losses = self.learner.objective(batch)
         losses["loss"].backward()
+        if twin:
+            losses = twin.join(losses)
         self.clip(self.parameters, self.training.max_grad_norm)
         self.optimiser.step()
         self.schedule.step()
