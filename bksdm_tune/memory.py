@@ -10,8 +10,8 @@ import sys
 import psutil
 import torch
 
-TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3  # mallopt's names for them
-KEPT_BYTES = 1 << 30
+TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them
+KEPT_BYTES, PAD_BYTES = 1 << 30, 1 << 26
 
 
 def keep_freed_pages() -> None:
@@ -25,6 +25,7 @@ def keep_freed_pages() -> None:
         library = ctypes.CDLL(None)
         library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
         library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
+        library.mallopt(TOP_PAD, PAD_BYTES)
 
 
 def forget_peak(device: str) -> None:

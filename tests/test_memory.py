@@ -15,8 +15,8 @@ if sys.argv[1] == "kept":
     keep_freed_pages()
 for _ in range(2):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(4):
-        torch.ones(25_000_000)
+    together = [torch.ones(1_000_000) for _ in range(50)]
+    del together
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -27,4 +27,4 @@ def test_freed_pages_are_not_fetched_again() -> None:
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True).stdout)
         for how in ("default", "kept")
     }
-    assert faults["kept"] < 1000 < faults["default"]
+    assert faults["kept"] < faults["default"] / 4

@@ -4,6 +4,7 @@
 ``PEFT's forward``      LoRA layers as PEFT runs them
 ``side paths``          our forward, nothing folded
 ``eps_0 one by one``    no micro-batches ahead
+``one process``         no twin for half of the rows; on a CPU
 ``contiguous``          the U-Net not channels last
 ``no prior``            a step without prior preservation, for comparison: less work
 
@@ -25,6 +26,7 @@ import torch
 from bksdm_tune import adapted
 from bksdm_tune.adapters import injected
 from bksdm_tune.dreambooth.config import PriorPreservation
+from bksdm_tune.memory import keep_freed_pages
 from scripts.benchmarks.common import report
 from scripts.benchmarks.stack import Stepper
 
@@ -49,8 +51,16 @@ def contiguous(stepper: Stepper) -> None:
     stepper.learner.unet.to(memory_format=torch.contiguous_format)
 
 
+def one_process(stepper: Stepper) -> None:
+    stepper.learner = replace(stepper.learner, twin=None)
+    change(stepper, share=(0, 1))
+
+
 def change(stepper: Stepper, **parts: Any) -> None:
-    stepper.learner = replace(stepper.learner, batches=replace(stepper.learner.batches, **parts))
+    learner, twin = stepper.learner, stepper.learner.twin
+    if twin is not None:
+        twin.batches = replace(twin.batches, **parts)
+    stepper.learner = replace(learner, batches=replace(learner.batches, **parts))
 
 
 def unchanged(stepper: Stepper) -> None:
@@ -58,11 +68,13 @@ def unchanged(stepper: Stepper) -> None:
 
 
 def measure(options: Any) -> None:
+    keep_freed_pages()
     lora = not options.full
     changes: dict[str, Callable[[Stepper], None]] = {"as it is": unchanged}
     if lora:
         changes |= {"PEFT's forward": as_pefts, "side paths": unchanged}
     changes |= {"eps_0 one by one": one_by_one, "contiguous": contiguous}
+    changes |= {"one process": one_process}
     steppers = {name: Stepper(options.backbone, 1, lora) for name in changes}
     for name, change_ in changes.items():
         change_(steppers[name])

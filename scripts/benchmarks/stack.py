@@ -32,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="pocket-base")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--steps", type=int, default=32)
+    parser.add_argument(
+        "--give-back", action="store_true", help="freed memory to the system, as by default"
+    )
 
 
 def jobs(
@@ -65,7 +68,6 @@ class Stepper:
     ) -> None:
         members = jobs(backbone, count, lora, prior)
         self.training, self.device = members[0].config.training, members[0].device
-        keep_freed_pages()
         self.learner = load(members)
         groups = self.learner.trainable.parameter_groups()
         self.optimiser, self.schedule, _ = make_all(self.training, groups)
@@ -108,6 +110,8 @@ def seconds_a_step(options: Any) -> dict[int, float]:
 
 
 def measure(options: Any) -> None:
+    if not options.give_back:
+        keep_freed_pages()
     total = jobs(options.backbone, 1)[0].config.training.steps
     assert total is not None
     middle = seconds_a_step(options)
