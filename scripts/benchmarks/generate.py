@@ -39,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=["pocket-teacher", "pocket-base", "pocket-small", "pocket-tiny"],
     )  # fmt: skip
     parser.add_argument("--rows", type=int, nargs="+", default=[2, 8, 32], help="of the loop")
+    parser.add_argument("--rounds", type=int, default=12, help="of the loop, a turn")
 
 
 def stock(model: Model) -> Any:
@@ -89,7 +90,7 @@ def difference(a: list[Any], b: list[Any]) -> int:
 
 
 @torch.inference_mode()
-def loop(name: str, rows: int) -> Facts:
+def loop(name: str, rows: int, rounds: int) -> Facts:
     """One denoising step of a backbone."""
     parts = resolve(name)
     dtype = DTYPES["no" if device() == "cpu" else "fp16"]
@@ -102,7 +103,7 @@ def loop(name: str, rows: int) -> Facts:
     timestep = torch.tensor(500, device=device())
     with FlopCounterMode(display=False) as counter:
         unet(noisy, timestep, embeds)
-    seconds = median_seconds(lambda: unet(noisy, timestep, embeds), 12)
+    seconds = median_seconds(lambda: unet(noisy, timestep, embeds), rounds)
     return {"seconds": seconds, "gflops": counter.get_total_flops() / 1e9}
 
 
@@ -113,7 +114,7 @@ def loops(options: Any) -> Facts:
         steps: dict[str, list[Facts]] = {name: [] for name in options.family}
         for _ in range(options.repeats):
             for name in options.family:
-                steps[name].append(loop(name, rows))
+                steps[name].append(loop(name, rows, options.rounds))
         middle = {n: statistics.median(f["seconds"] for f in s) for n, s in steps.items()}
         flops = {name: facts[0]["gflops"] for name, facts in steps.items()}
         first = options.family[0]
