@@ -69,6 +69,8 @@ class Helper(Protocol):
         self, parameters: list[torch.Tensor], first: int
     ) -> contextlib.AbstractContextManager[None]: ...
 
+    def resting(self) -> contextlib.AbstractContextManager[None]: ...
+
     def go(self) -> None: ...
 
     def join(self, losses: Losses) -> Losses:
@@ -251,7 +253,8 @@ def fit(
             enough = False
             for event in events:
                 if processes.rank() == 0 and event.due(step, last):
-                    enough |= event.run(step) is True
+                    with helper.resting() if helper is not None else contextlib.nullcontext():
+                        enough |= event.run(step) is True
             if enough and not last:
                 checkpoint()
             if enough or last:

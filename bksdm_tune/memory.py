@@ -11,7 +11,7 @@ import psutil
 import torch
 
 TRIM_THRESHOLD, TOP_PAD, MMAP_THRESHOLD = -1, -2, -3  # mallopt's names for them
-KEPT_BYTES, PAD_BYTES = 1 << 30, 1 << 26
+KEPT_BYTES, PAD_BYTES, CEILING_BYTES = 1 << 30, 1 << 26, 1 << 25
 
 
 def keep_freed_pages() -> None:
@@ -23,7 +23,8 @@ def keep_freed_pages() -> None:
     """
     with contextlib.suppress(OSError, AttributeError, TypeError):
         library = ctypes.CDLL(None)
-        library.mallopt(MMAP_THRESHOLD, KEPT_BYTES)
+        if not library.mallopt(MMAP_THRESHOLD, KEPT_BYTES):  # glibc before 2.35 has a ceiling
+            library.mallopt(MMAP_THRESHOLD, CEILING_BYTES)
         library.mallopt(TRIM_THRESHOLD, KEPT_BYTES)
         library.mallopt(TOP_PAD, PAD_BYTES)
 

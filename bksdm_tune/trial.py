@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from bksdm_tune.errors import DataError
-from bksdm_tune.loop import Objective
+from bksdm_tune.loop import Helper, Objective
 from bksdm_tune.optim import EMA
 from bksdm_tune.precision import autocast
 
@@ -27,24 +28,31 @@ def step_seconds(
     ema: EMA | None,
     precision: str,
     device: str,
+    helper: Helper | None = None,
 ) -> float:
-    """Seconds of the second of two steps, which the first has warmed up.
+    """Seconds of the second of two steps, which the first has warmed up; a helper, if any, runs.
 
     Raises:
         DataError: the loss is not finite.
     """
     seconds = 0.0
-    for _ in range(2):
-        started = time.perf_counter()
-        with autocast(precision, device):
-            loss = objective(batch)["loss"]
-        loss.backward()
-        if not math.isfinite(value := loss.item()):
-            raise DataError(f"The loss is {value} on the first step.")
-        optimiser.step()
-        optimiser.zero_grad(set_to_none=True)
-        if ema is not None:
-            ema.update()
-        finish_queued()
-        seconds = time.perf_counter() - started
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    with contextlib.nullcontext() if helper is None else helper.running(parameters, 0):
+        for _ in range(2):
+            started = time.perf_counter()
+            if helper is not None:
+                helper.go()
+            with autocast(precision, device):
+                losses = objective(batch)
+            losses["loss"].backward()
+            if helper is not None:
+                losses = helper.join(losses)
+            if not math.isfinite(value := losses["loss"].item()):
+                raise DataError(f"The loss is {value} on the first step.")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            if ema is not None:
+                ema.update()
+            finish_queued()
+            seconds = time.perf_counter() - started
     return seconds

@@ -22,12 +22,12 @@ from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
 from bksdm_tune.errors import DataError
 from bksdm_tune.loop import Batches, Losses, Objective
-from bksdm_tune.memory import peak_memory_gb
 from bksdm_tune.processes import count
 from bksdm_tune.seeds import reseed, seed_for
 
@@ -36,15 +36,18 @@ OWN_STREAM = 2
 
 DIE_WITH_PARENT = 1  # prctl's PR_SET_PDEATHSIG
 SMALL = 64e6
-"""Bytes of a U-Net's weights up to which half the rows in each of two processes are faster than all
-rows in one with two threads."""
+"""Bytes of models up to which half the rows in each of two processes are faster than all rows in
+one with two threads."""
+
+THREADS = range(2, 5)
+"""With more, threads win where the rows are large."""
 
 
 def pays(device: str, weights: int, rows: int) -> bool:
-    """Whether to have a twin: by the threads this process may use, the U-Net's bytes, the rows of a
-    micro-batch, and where forks are safe."""
+    """Whether to have a twin: by the threads this process may use, the bytes of the models that
+    take part, the rows of a micro-batch, and where forks are safe."""
     alone = count() == 1 and threading.current_thread() is threading.main_thread()
-    room = device == "cpu" and sys.platform == "linux" and torch.get_num_threads() > 1
+    room = device == "cpu" and sys.platform == "linux" and torch.get_num_threads() in THREADS
     return room and alone and weights <= SMALL and rows > 1
 
 
@@ -60,35 +63,49 @@ class Twin:
     seed: int
     accumulation: int
     memory_gb: float = 0.0
-    """What it took at most beyond the memory it shared at its start; known at its end."""
+    """What it holds at its end that it shares with nobody."""
+    _threads: int = field(default=1, repr=False)
     _pipe: Connection | None = field(default=None, repr=False)
     _pairs: list[tuple[Tensor, Tensor]] = field(default_factory=list, repr=False)
 
     @contextmanager
     def running(self, parameters: list[Tensor], first: int) -> Iterator[None]:
         """For the time of the block, which begins with micro-batch number ``first``; both processes
-        then have one thread each."""
+        then have one thread each.
+
+        Raises:
+            DataError: there can be no second process, or it has ended.
+        """
         for parameter, shared in zip(parameters, shared_like(parameters), strict=True):
             parameter.data = shared.copy_(parameter.data)
         self._pairs = list(zip(parameters, shared_like(parameters), strict=True))
-        here, there = Pipe()
-        threads = torch.get_num_threads()
-        torch.set_num_threads(1)
-        child = os.fork()
-        if child == 0:
-            here.close()
-            self._live(there, first)
-        there.close()
-        self._pipe = here
+        self._threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # before the fork, which OpenMP's own threads do not survive
+        self._pipe, there = Pipe()
+        try:
+            child = self._told(lambda _: os.fork())
+            if child == 0:
+                self._live(there, first)
+            try:
+                there.close()
+                yield
+                self._told(lambda pipe: pipe.send(False))
+                self.memory_gb = self._told(lambda pipe: pipe.recv())
+            finally:
+                self._pipe.close()
+                os.waitpid(child, 0)
+        finally:
+            torch.set_num_threads(self._threads)
+            self._pipe, self._pairs = None, []
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """All threads for this process, while the twin waits for it."""
+        torch.set_num_threads(self._threads)
         try:
             yield
-            self._told(lambda pipe: pipe.send(False))
-            self.memory_gb = self._told(lambda pipe: pipe.recv())
         finally:
-            here.close()
-            os.waitpid(child, 0)
-            torch.set_num_threads(threads)
-            self._pipe, self._pairs = None, []
+            torch.set_num_threads(1)
 
     def go(self) -> None:
         """Begin the next micro-batch."""
@@ -101,13 +118,8 @@ class Twin:
             DataError: the twin has ended.
         """
         theirs = self._told(lambda pipe: pipe.recv())
-        mine, shared = [], []
-        for parameter, gradient in self._pairs:
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-            mine.append(parameter.grad)
-            shared.append(gradient)
-        torch._foreach_add_(mine, shared)
+        pairs = [(own.grad, shared) for own, shared in self._pairs if own.grad is not None]
+        torch._foreach_add_(*(list(side) for side in zip(*pairs, strict=True)))
         return {name: value.detach() + theirs[name] for name, value in losses.items()}
 
     def _told(self, exchange: Any) -> Any:
@@ -116,7 +128,8 @@ class Twin:
             return exchange(self._pipe)
         except (EOFError, OSError) as error:
             raise DataError(
-                "The second process of this run has ended, perhaps for want of memory. Type the "
+                "The second process of this run has ended or cannot begin, perhaps for want of "
+                "memory. Type the "
                 "same command again: it goes on from the last checkpoint; with OMP_NUM_THREADS=1 "
                 "it does without a second process."
             ) from error
@@ -124,17 +137,18 @@ class Twin:
     def _live(self, pipe: Connection, first: int) -> None:
         """The twin's own life; Ctrl-C is for the other, with whom it ends."""
         try:
+            assert self._pipe is not None
+            self._pipe.close()
             for kind in (signal.SIGINT, signal.SIGTERM):
                 signal.signal(kind, signal.SIG_IGN)
             ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
             torch.set_num_threads(1)
-            before = peak_memory_gb("cpu")
             for number, batch in enumerate(self.batches(first), first):
                 if not pipe.recv():
                     break
                 pipe.send(self._compute(batch, *divmod(number, self.accumulation)))
-            pipe.send(peak_memory_gb("cpu") - before)
-        except EOFError:
+            pipe.send(psutil.Process().memory_full_info().uss / 1e9)
+        except (EOFError, ConnectionError):
             pass
         except BaseException:
             traceback.print_exc()

@@ -27,6 +27,10 @@ from bksdm_tune.errors import DataError
 from bksdm_tune.twin import SMALL, Twin, pays, shared_like
 from test_objective import ahead, embeddings, frozen_unet, moments, noising
 
+pytestmark = pytest.mark.skipif(
+    sys.platform != "linux" or torch.cuda.is_available(), reason="a twin is a fork on a CPU"
+)
+
 
 @pytest.fixture(autouse=True)
 def two_threads() -> Iterator[None]:
@@ -137,13 +141,28 @@ def test_a_dead_twin_is_one_clear_error(how: str, capfd: pytest.CaptureFixture[s
     assert not psutil.Process().children()
 
 
+def test_a_failure_between_the_halves_leaves_nobody(capfd: pytest.CaptureFixture[str]) -> None:
+    objective, batches, parameters = learner("none", 2)
+    twin = Twin(objective, replace(batches, share=(1, 2)), seed=0, accumulation=2)
+    with pytest.raises(MemoryError), twin.running(parameters, 0):
+        with twin.resting():
+            assert torch.get_num_threads() == 2
+        assert torch.get_num_threads() == 1
+        twin.go()
+        raise MemoryError
+    assert torch.get_num_threads() == 2
+    assert capfd.readouterr().err == ""
+    assert not psutil.Process().children()
+
+
 def test_when_it_pays() -> None:
-    assert pays("cpu", 10_000_000, 2) == (sys.platform == "linux")
+    assert pays("cpu", 10_000_000, 2)
     assert not pays("cuda", 10_000_000, 2)
     assert not pays("cpu", int(SMALL) + 1, 2)
     assert not pays("cpu", 10_000_000, 1)
-    torch.set_num_threads(1)
-    assert not pays("cpu", 10_000_000, 2)
+    for threads in (1, 16):
+        torch.set_num_threads(threads)
+        assert not pays("cpu", 10_000_000, 2)
 
 
 def test_the_twin_of_a_killed_run_dies(tmp_path: Path) -> None:

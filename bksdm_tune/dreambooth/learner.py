@@ -112,7 +112,7 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)
-    of = 2 if has_twin(job, unet) else 1
+    of = 2 if has_twin(job, unet, text_encoder) else 1
     batches = make_batches(job, data, noising, untuned, of)
     objective = DreamBooth(
         unet=unet,
@@ -128,10 +128,12 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     return Learner(unet, text_encoder, objective, batches, trainable, embeds, twin)
 
 
-def has_twin(job: Job, unet: Any) -> bool:
+def has_twin(job: Job, unet: Any, text_encoder: Any | None) -> bool:
+    """Each of two processes would run the whole text encoder, where it trains."""
     training = job.config.training
     rows = (training.batch_size or 1) * (1 if job.config.prior.prior == "none" else 2)
-    weights = sum(p.numel() * p.element_size() for p in unet.parameters())
+    models = [unet] if text_encoder is None else [unet, text_encoder]
+    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     return choose(training.precision, job.device) == "no" and pays(job.device, weights, rows)
 
 
@@ -221,16 +223,16 @@ def make_untuned(jobs: list[Job], unet: Any, embeds: dict[str, Tensor]) -> Predi
         return None
     precision = config.training.precision
     shared = {id(p): p for p in unet.parameters()} if config.model.lora else {}
-    twin = copy.deepcopy(unet, shared).requires_grad_(False)
+    frozen = copy.deepcopy(unet, shared).requires_grad_(False)
     if not config.model.lora:
-        twin.to(frozen_dtype(precision, device))
+        frozen.to(frozen_dtype(precision, device))
     prompts = torch.cat([embeds[job.class_prompt] for job in jobs])
 
     @torch.no_grad()
     def predict(noisy: Tensor, timesteps: Tensor) -> Tensor:
         text = prompts.repeat_interleave(len(noisy) // len(prompts), 0)
         with autocast(precision, device):
-            return twin(noisy.to(twin.dtype), timesteps, text.to(twin.dtype)).sample
+            return frozen(noisy.to(frozen.dtype), timesteps, text.to(frozen.dtype)).sample
 
     return predict
 

@@ -184,7 +184,10 @@ def dry_run(job: Job) -> str:
     groups = learner.trainable.parameter_groups()
     optimiser, _, ema = make_all(training, groups)
     precision, (batch, loading) = choose(training.precision, job.device), timed_batch(learner)
-    once = step_seconds(learner.objective, batch, optimiser, ema, precision, job.device)
+    once = step_seconds(
+        learner.objective, batch, optimiser, ema, precision, job.device, learner.twin
+    )
+    memory = peak_memory_gb(job.device) + learner.twins_memory_gb
     step = (once + loading) * training.accumulation
     weights = sum(p.numel() for g in groups for p in g["params"])
     copies = 3 + bool(training.ema)  # in a checkpoint, float32: weights, two moments, average
@@ -199,7 +202,7 @@ def dry_run(job: Job) -> str:
         )
     return (
         f"Dry run: {step:.3f} s a step, {training.steps} steps in {step * training.steps / 60:.1f} "
-        f"min (pictures come on top); peak memory {peak_memory_gb(job.device):.2f} GB; "
+        f"min (pictures come on top); peak memory {memory:.2f} GB; "
         f"{weights:,} parameters train; the run folder needs about {disk / 1e9:.2f} GB "
         f"({free / 1e9:.0f} GB are free). Nothing was written into {job.folder}."
     )
