@@ -129,9 +129,8 @@ class Twin:
         except (EOFError, OSError) as error:
             raise DataError(
                 "The second process of this run has ended or cannot begin, perhaps for want of "
-                "memory. Type the "
-                "same command again: it goes on from the last checkpoint; with OMP_NUM_THREADS=1 "
-                "it does without a second process."
+                "memory. Type the same command again: it goes on from the last checkpoint; with "
+                "OMP_NUM_THREADS=1 it does without a second process."
             ) from error
 
     def _live(self, pipe: Connection, first: int) -> None:
