@@ -67,10 +67,11 @@ def test_a_set_with_missing_rows_or_pictures_is_refused(
     assert not (tmp_path / "data").exists()
 
 
-def test_an_archive_cannot_write_outside(store: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["../../evil", "{}/evil"])
+def test_an_archive_cannot_write_outside(store: Path, tmp_path: Path, name: str) -> None:
     archive = store / DATA_SETS["laion-11k"].files[0]
     with tarfile.open(archive, "w:gz") as tar:
-        info = tarfile.TarInfo("../../evil")
+        info = tarfile.TarInfo(name.format(tmp_path))
         info.size = 1
         tar.addfile(info, io.BytesIO(b"x"))
     with pytest.raises(ValueError, match="cannot be unpacked"):
