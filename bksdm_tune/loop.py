@@ -181,6 +181,23 @@ class Log:
         self.file.write(json.dumps(facts) + "\n")
 
 
+def differentiate(
+    objective: Objective,
+    batch: Any,
+    precision: str,
+    device: str,
+    helper: Helper | None = None,
+    scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss,
+) -> Losses:
+    """Losses of a micro-batch; the gradients of ``scale(loss)`` are added to the parameters'."""
+    if helper is not None:
+        helper.go()
+    with autocast(precision, device):
+        losses = objective(batch)
+    scale(losses["loss"]).backward()
+    return losses if helper is None else helper.join(losses)
+
+
 def fit(
     objective: Objective,
     trainable: Trainable,
@@ -264,13 +281,10 @@ def fit(
             for micro in range(settings.accumulation):
                 batch = next(stream)  # before seeding: a loader may draw numbers of its own
                 reseed(seed_for(settings.seed, step, micro))
-                if helper is not None:
-                    helper.go()
-                with autocast(settings.precision, settings.device):
-                    losses = objective(batch)
-                scaler.scale(losses["loss"] / settings.accumulation).backward()
-                if helper is not None:
-                    losses = helper.join(losses)
+                losses = differentiate(
+                    objective, batch, settings.precision, settings.device, helper,
+                    lambda loss: scaler.scale(loss / settings.accumulation),
+                )  # fmt: skip
                 for name, value in losses.items():
                     share = at_least_single(value.detach()) / settings.accumulation
                     totals[name] = totals[name] + share if name in totals else share

@@ -10,9 +10,8 @@ from typing import Any
 import torch
 
 from bksdm_tune.errors import DataError
-from bksdm_tune.loop import Helper, Objective
+from bksdm_tune.loop import Helper, Objective, differentiate
 from bksdm_tune.optim import EMA
-from bksdm_tune.precision import autocast
 
 
 def finish_queued() -> None:
@@ -40,14 +39,8 @@ def step_seconds(
     with contextlib.nullcontext() if helper is None else helper.running(parameters, 0):
         for _ in range(2):
             started = time.perf_counter()
-            if helper is not None:
-                helper.go()
-            with autocast(precision, device):
-                losses = objective(batch)
-            losses["loss"].backward()
-            if helper is not None:
-                losses = helper.join(losses)
-            if not math.isfinite(value := losses["loss"].item()):
+            loss = differentiate(objective, batch, precision, device, helper)["loss"]
+            if not math.isfinite(value := loss.item()):
                 raise DataError(f"The loss is {value} on the first step.")
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import csv
 import shutil
-import tarfile
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +17,11 @@ import tyro
 
 from bksdm_tune.artifacts import MANIFEST, cache_root, locked, write_manifest
 from bksdm_tune.errors import DataError, UsageError
+from subjects.archives import BROKEN, members, write
 from subjects.download import Patience, download
 
 HOST = "https://netspresso-research-code-release.s3.us-east-2.amazonaws.com/data"
 METADATA = "metadata.csv"
-BROKEN = (tarfile.TarError, zlib.error, EOFError, OSError)
 
 
 @dataclass(frozen=True)
@@ -140,27 +138,16 @@ def _unpack(archive: Path, folder: Path, row: DataSet) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        with tarfile.open(archive) as tar:
-            for member in tar:
-                _write(tar, member, folder)
+        for name, open_member in members(archive):
+            if not (folder / name).resolve().is_relative_to(folder.resolve()):
+                raise DataError(f"{archive} cannot be unpacked: {name} would lie outside.")
+            write(open_member, folder / name)
     except BROKEN as error:
         raise DataError(f"{archive} cannot be unpacked: {error}") from None
     found = sorted(folder.rglob(METADATA))
     if not found:
         raise DataError(f"{archive} has no {METADATA}; it is not {row.name}.")
     return found[0].parent
-
-
-def _write(tar: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
-    """A plain file; links are left out.  Python before 3.11.4 has no filters of its own."""
-    target = folder / member.name
-    if not target.resolve().is_relative_to(folder.resolve()):
-        raise tarfile.TarError(f"{member.name} would lie outside")
-    content = tar.extractfile(member) if member.isfile() else None
-    if content is not None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with open(target, "wb") as file:
-            shutil.copyfileobj(content, file)
 
 
 def check(folder: Path, row: DataSet) -> None:

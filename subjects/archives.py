@@ -28,15 +28,16 @@ def unpack(archive: Path, wanted: Collection[str], folder: Path) -> None:
         DataError: the file is not an archive, is damaged, or the disk takes no more.
     """
     try:
-        for name, open_member in _members(archive):
+        for name, open_member in members(archive):
             path = _wanted_path(name, wanted)
             if path and not (folder / path).exists():
-                _write(open_member, folder / path)
+                write(open_member, folder / path)
     except BROKEN as error:
         raise DataError(f"{archive} cannot be unpacked as zip or tar: {error}") from None
 
 
-def _write(open_member: Callable[[], IO[bytes] | None], path: Path) -> None:
+def write(open_member: Callable[[], IO[bytes] | None], path: Path) -> None:
+    """A member that ``members`` gave."""
     path.parent.mkdir(parents=True, exist_ok=True)
     stream = open_member()
     assert stream is not None  # only regular members are listed
@@ -44,7 +45,8 @@ def _write(open_member: Callable[[], IO[bytes] | None], path: Path) -> None:
         shutil.copyfileobj(stream, file)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes] | None]]]:
+def members(archive: Path) -> Iterator[tuple[str, Callable[[], IO[bytes] | None]]]:
+    """Name of every regular file of a zip or tar, and how to open it; links are left out."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as zipped:
             for info in zipped.infolist():

@@ -51,7 +51,7 @@ class Ahead:
 
     ``untuned(noisy, timesteps)`` is eps_0 under the class prompts, given all rows of the first
     subject, then those of the next; it answers ``window`` micro-batches at a time, whose borders do
-    not depend on where a run resumes.  ``share``: which of how many; every so-manieth row.
+    not depend on where a run resumes.  ``share``: (i, n) takes row i and every n-th after it.
     """
 
     clean: Clean
@@ -95,9 +95,8 @@ class Ahead:
         noisy = torch.cat([part.noisy[part.instances :] for part in parts])
         timesteps = torch.cat([part.timesteps[part.instances :] for part in parts])
         answers = self.untuned(noisy, timesteps).chunk(len(parts))
-        told = iter([_told(part, answer) for part, answer in zip(parts, answers, strict=True)])
-        subjects = [[next(told) for _ in span] for _ in span[0]]
-        return [list(batch) for batch in zip(*subjects, strict=True)]
+        told = [_told(part, answer) for part, answer in zip(parts, answers, strict=True)]
+        return [told[number :: len(span)] for number in range(len(span))]
 
 
 def _told(part: Noised, answer: Tensor) -> Noised:

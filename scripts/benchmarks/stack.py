@@ -20,9 +20,9 @@ from bksdm_tune.device import best_device
 from bksdm_tune.dreambooth.config import Config, Model, Output, PriorPreservation, Who
 from bksdm_tune.dreambooth.job import Job, prepare
 from bksdm_tune.dreambooth.train import load
+from bksdm_tune.loop import differentiate
 from bksdm_tune.memory import keep_freed_pages
 from bksdm_tune.optim import make_all
-from bksdm_tune.precision import autocast
 from bksdm_tune.stacked import clip_each
 from scripts.benchmarks.common import report
 from subjects.catalogue import SUBJECTS
@@ -84,13 +84,8 @@ class Stepper:
 
     def step(self, stream: Iterator[Any]) -> float:
         started, twin, batch = time.perf_counter(), self.learner.twin, next(stream)
-        if twin:
-            twin.go()
-        with autocast(self.training.precision, self.device):
-            losses = self.learner.objective(batch)
-        losses["loss"].backward()
-        if twin:
-            losses = twin.join(losses)
+        precision, objective = self.training.precision, self.learner.objective
+        losses = differentiate(objective, batch, precision, self.device, twin)
         self.clip(self.parameters, self.training.max_grad_norm)
         self.optimiser.step()
         self.schedule.step()
