@@ -6,9 +6,11 @@ Exit 0 done, 2 usage, 3 bad data or a full disk, 4 scored in part, 5 unlike prot
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import difflib
 import errno
+import gc
 import importlib
 import os
 import signal
@@ -145,7 +147,26 @@ def interrupt(signum: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
+def leave(codes: list[int]) -> None:
+    """End here where a command has ended: taking its libraries apart, object by object, takes over
+    a second."""
+    if codes:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError):
+                stream.flush()
+        os._exit(codes[0])
+
+
+YOUNG = 50_000
+"""New objects before the collector looks for garbage.  Loading the libraries makes 800,000 that
+stay, and with Python's own 700 a quarter of that time goes into looking at them."""
+
+
 def entry() -> NoReturn:
+    gc.set_threshold(YOUNG)
+    codes: list[int] = []
+    atexit.register(leave, codes)  # before all others, hence run after them
     # `kill`, a batch scheduler and a closing app end a run the way Ctrl-C does.
     signal.signal(signal.SIGTERM, interrupt)
-    sys.exit(main(sys.argv[1:]))
+    codes.append(main(sys.argv[1:]))
+    sys.exit(codes[0])

@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -15,11 +16,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
+import bksdm_tune.adapted
 import tiny
 from bksdm_tune.adapted import adapted, folds, lean_forward
 from bksdm_tune.adapters import (
     canonical,
+    fold_small,
     inject,
+    injected,
     load_adapter,
     read_adapter,
     save_adapter,
@@ -236,6 +240,65 @@ def test_nothing_is_folded_where_the_sum_would_be_rounded() -> None:
         assert not folds(layer.base_layer, down, rows)
     assert not folds(layer.base_layer.bfloat16(), down, rows)
     assert not folds(layer.base_layer, down.expand(99, -1, -1), rows)
+
+
+def answers_of(unet: Any) -> list[Tensor]:
+    """A prediction, and the gradients of all that trains, after a step."""
+    torch.manual_seed(3)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 7, tiny.TEXT_WIDTH)
+    found = []
+    for _ in range(2):
+        predicted = unet(*(x.to(unet.dtype) if x.is_floating_point() else x for x in inputs)).sample
+        predicted.float().square().mean().backward()
+        trained = [p for p in unet.parameters() if p.requires_grad]
+        found += [predicted.detach(), *(p.grad.clone() for p in trained)]
+        with torch.no_grad():
+            for parameter in trained:
+                parameter -= parameter.grad
+        unet.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_folding_ahead_changes_nothing(checkpointing: bool) -> None:
+    answers, forwards = [], []
+    for ahead in (False, True):
+        unet = tuned(tiny_models("base"), text=False)[0].double().train()
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        if ahead:
+            fold_small(unet)
+            with mock.patch.object(bksdm_tune.adapted, "lean_forward", refuse):
+                answers.append(answers_of(unet))
+        else:
+            answers.append(answers_of(unet))
+        forwards.append({layer.forward.func for layer in injected(unet)})
+    torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-12)
+    assert not forwards[0] & forwards[1]  # every layer of this model is small
+
+
+def refuse(*_: Any) -> Tensor:
+    raise AssertionError("a small layer was not folded ahead")
+
+
+@pytest.mark.parametrize(("dropout", "base"), [(0.5, torch.float32), (0.0, torch.bfloat16)])
+def test_not_everything_is_folded_ahead(dropout: float, base: torch.dtype) -> None:
+    unet = tiny.make_unet(size="tiny").to(base)
+    inject(unet, 2, 3.0, dropout, UNET_TARGETS)
+    before = [layer.forward for layer in injected(unet)]
+    fold_small(unet)
+    assert [layer.forward for layer in injected(unet)] == before
+
+
+def test_what_is_folded_ahead_is_not_in_mixed_precision() -> None:
+    answers = []
+    for ahead in (False, True):
+        unet = tuned(tiny_models(), text=False)[0]
+        if ahead:
+            fold_small(unet)
+        with torch.autocast("cpu", torch.bfloat16):
+            answers.append(answers_of(unet))
+    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])

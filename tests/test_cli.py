@@ -235,3 +235,22 @@ def test_the_table_is_what_the_readme_promises() -> None:
     assert tuple(verb.name for verb in cli.VERBS) == VERBS
     for verb in cli.VERBS:
         assert callable(importlib.import_module(verb.module).main)
+
+
+def test_the_end_tidies_up_but_takes_nothing_apart() -> None:
+    lines = (
+        "import atexit, sys",
+        "from bksdm_tune import cli",
+        "class Library:",
+        "    def __del__(self):",
+        "        print('taken apart')",
+        "kept = Library()",
+        "def main(argv):",
+        "    atexit.register(print, 'tidied up')",
+        "    sys.stdout.write('done ')",
+        "    return 3",
+        "cli.main = main",
+        "cli.entry()",
+    )
+    done = python("-c", "\n".join(lines))
+    assert (done.returncode, done.stdout, done.stderr) == (3, "done tidied up\n", "")

@@ -106,9 +106,12 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     untuned = make_untuned(jobs, unet, embeds)
     alone = make_trainable(job, unet, text_encoder)
     trainable: LoraWeights | FullWeights | StackedWeights = alone
+    models = [unet] if text_encoder is None else [unet, text_encoder]
     if len(jobs) > 1:
-        models = [unet] if text_encoder is None else [unet, text_encoder]
         trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
+    else:
+        for model in models:
+            adapters.fold_small(model)
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)

@@ -1,6 +1,7 @@
 """What each lever of the DreamBooth step is worth: the step with all of them, and without one.
 
 ``as it is``            the default LoRA step of the backbone
+``layer by layer``      each LoRA layer folds for itself, not all of one shape at once
 ``PEFT's forward``      LoRA layers as PEFT runs them
 ``side paths``          our forward, nothing folded
 ``eps_0 one by one``    no micro-batches ahead
@@ -17,13 +18,14 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from contextlib import nullcontext as nothing
 from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 
-from bksdm_tune import adapted
+from bksdm_tune import adapted, adapters
 from bksdm_tune.adapters import injected
 from bksdm_tune.dreambooth.config import PriorPreservation
 from bksdm_tune.memory import keep_freed_pages
@@ -63,7 +65,7 @@ def change(stepper: Stepper, **parts: Any) -> None:
     stepper.learner = replace(learner, batches=replace(learner.batches, **parts))
 
 
-def unchanged(stepper: Stepper) -> None:
+def unchanged(_: Any) -> None:
     pass
 
 
@@ -72,11 +74,15 @@ def measure(options: Any) -> None:
     lora = not options.full
     changes: dict[str, Callable[[Stepper], None]] = {"as it is": unchanged}
     if lora:
-        changes |= {"PEFT's forward": as_pefts, "side paths": unchanged}
+        changes |= {"layer by layer": unchanged, "PEFT's forward": as_pefts}
+        changes |= {"side paths": unchanged}
     changes |= {"eps_0 one by one": one_by_one, "contiguous": contiguous}
     changes |= {"one process": one_process}
-    steppers = {name: Stepper(options.backbone, 1, lora) for name in changes}
+    steppers = {}
     for name, change_ in changes.items():
+        ahead = name not in ("layer by layer", "PEFT's forward", "side paths")
+        with nothing() if ahead else mock.patch.object(adapters, "fold_small", unchanged):
+            steppers[name] = Stepper(options.backbone, 1, lora)
         change_(steppers[name])
     steppers["no prior"] = Stepper(options.backbone, 1, lora, PriorPreservation("none"))
     seconds: dict[str, list[float]] = {name: [] for name in steppers}
