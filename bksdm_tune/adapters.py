@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from bksdm_tune.adapted import fold_ahead, lean_forward
+from bksdm_tune.adapted import Folded, lean_forward
 from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.precision import at_least_single
 from bksdm_tune.provenance import Provenance
@@ -70,10 +70,9 @@ def injected(model: Any) -> list[Any]:
     return [module for module in model.modules() if isinstance(module, LoraLinear)]
 
 
-def fold_small(model: Any) -> None:
-    """Let an injected model make its small layers' sums before each forward; of one that carries
-    no adapter nothing changes."""
-    fold_ahead(model, injected(model), ADAPTER_NAME)
+def fold_small(model: Any) -> Folded:
+    """Train the small layers of an injected model as one tensor."""
+    return Folded(model, injected(model), ADAPTER_NAME)
 
 
 def adapter_metadata(part: str, config: LoraConfig) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +10,22 @@ import torch
 from safetensors.torch import load_file
 
 from bksdm_tune import adapters
+from bksdm_tune.adapted import Folded
 from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import ADAPTER
 from bksdm_tune.weights import fill, save_part
 
 
-def _groups(
-    unet: Any, text_encoder: Any | None, rates: tuple[float, float]
-) -> list[dict[str, Any]]:
-    models = [unet] + ([text_encoder] if text_encoder is not None else [])
+def _groups(models: dict[str, Any], rates: tuple[float, float]) -> list[dict[str, Any]]:
     return [
         {"params": [p for p in model.parameters() if p.requires_grad], "lr": rate}
-        for model, rate in zip(models, rates, strict=False)
+        for model, rate in zip(models.values(), rates, strict=False)
     ]
+
+
+def _parts(unet: Any, text_encoder: Any | None) -> dict[str, Any]:
+    text = {} if text_encoder is None else {"text_encoder": text_encoder}
+    return {"unet": unet} | text
 
 
 @dataclass(frozen=True)
@@ -33,16 +36,32 @@ class LoraWeights:
     text_encoder: Any | None
     learning_rates: tuple[float, float]
     provenance: Provenance
+    folded: tuple[Folded, ...] = ()
+    """Of the U-Net, then of the text encoder."""
+
+    def fold(self) -> LoraWeights:
+        """The same with small layers trained as one tensor a model; for AdamW without autocast."""
+        models = _parts(self.unet, self.text_encoder).values()
+        return replace(self, folded=tuple(adapters.fold_small(model) for model in models))
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return _groups(self.unet, self.text_encoder, self.learning_rates)
+        groups = _groups(_parts(self.unet, self.text_encoder), self.learning_rates)
+        for group, folded in zip(groups, self.folded, strict=False):
+            group["params"] += folded.parameters()
+        return groups
 
     def save(self, folder: Path) -> None:
+        self._show()
         path = folder / ADAPTER
         adapters.save_adapter(path, self.unet, self.text_encoder, self.provenance)
 
     def load(self, folder: Path) -> None:
+        self._show()
         adapters.load_adapter(folder / ADAPTER, self.unet, self.text_encoder)
+
+    def _show(self) -> None:
+        for folded in self.folded:
+            folded.show()
 
 
 @dataclass(frozen=True)
@@ -54,11 +73,10 @@ class FullWeights:
     learning_rates: tuple[float, float]
 
     def parts(self) -> dict[str, Any]:
-        text = {} if self.text_encoder is None else {"text_encoder": self.text_encoder}
-        return {"unet": self.unet} | text
+        return _parts(self.unet, self.text_encoder)
 
     def parameter_groups(self) -> list[dict[str, Any]]:
-        return _groups(self.unet, self.text_encoder, self.learning_rates)
+        return _groups(self.parts(), self.learning_rates)
 
     def save(self, folder: Path) -> None:
         for name, model in self.parts().items():

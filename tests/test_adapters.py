@@ -7,7 +7,6 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -16,12 +15,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
-import bksdm_tune.adapted
 import tiny
 from bksdm_tune.adapted import adapted, folds, lean_forward
 from bksdm_tune.adapters import (
     canonical,
-    fold_small,
     inject,
     injected,
     load_adapter,
@@ -33,6 +30,7 @@ from bksdm_tune.errors import DataError, UsageError
 from bksdm_tune.lora import fit, layouts
 from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import ADAPTER
+from bksdm_tune.trainables import LoraWeights
 
 UNET_TARGETS = ("to_q", "to_v", "to_out.0", "ff.net.0.proj")
 TEXT_TARGETS = ("q_proj", "v_proj")
@@ -242,63 +240,66 @@ def test_nothing_is_folded_where_the_sum_would_be_rounded() -> None:
     assert not folds(layer.base_layer, down.expand(99, -1, -1), rows)
 
 
-def answers_of(unet: Any) -> list[Tensor]:
-    """A prediction, and the gradients of all that trains, after a step."""
+def after_steps(weights: LoraWeights, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
+    """A prediction after two steps of AdamW with clipped gradients, and the file then."""
+    (group,) = weights.parameter_groups()
+    optimiser = torch.optim.AdamW([group | {"lr": 0.1}])
     torch.manual_seed(3)
-    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 7, tiny.TEXT_WIDTH)
-    found = []
+    inputs = torch.randn(2, 4, 16, 16).double(), torch.tensor([5, 700])
+    text = torch.randn(2, 7, tiny.TEXT_WIDTH).double()
     for _ in range(2):
-        predicted = unet(*(x.to(unet.dtype) if x.is_floating_point() else x for x in inputs)).sample
-        predicted.float().square().mean().backward()
-        trained = [p for p in unet.parameters() if p.requires_grad]
-        found += [predicted.detach(), *(p.grad.clone() for p in trained)]
-        with torch.no_grad():
-            for parameter in trained:
-                parameter -= parameter.grad
-        unet.zero_grad()
-    return found
+        weights.unet(*inputs, text).sample.square().mean().backward()
+        torch.nn.utils.clip_grad_norm_(group["params"], 1e-3)
+        optimiser.step()
+        optimiser.zero_grad()
+    weights.save(folder)
+    return weights.unet(*inputs, text).sample.detach(), read_adapter(folder / ADAPTER)[0]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_folding_ahead_changes_nothing(checkpointing: bool) -> None:
-    answers, forwards = [], []
-    for ahead in (False, True):
+def test_folded_layers_train_as_alone(tmp_path: Path, checkpointing: bool) -> None:
+    found = []
+    for folds_them in (False, True):
         unet = tuned(tiny_models("base"), text=False)[0].double().train()
         if checkpointing:
             unet.enable_gradient_checkpointing()
-        if ahead:
-            fold_small(unet)
-            with mock.patch.object(bksdm_tune.adapted, "lean_forward", refuse):
-                answers.append(answers_of(unet))
-        else:
-            answers.append(answers_of(unet))
-        forwards.append({layer.forward.func for layer in injected(unet)})
-    torch.testing.assert_close(*answers, rtol=1e-10, atol=1e-12)
-    assert not forwards[0] & forwards[1]  # every layer of this model is small
+        alone = LoraWeights(unet, None, (0.1, 0.1), MADE_FROM)
+        count = sum(p.numel() for p in alone.parameter_groups()[0]["params"])
+        weights = alone.fold() if folds_them else alone
+        (group,) = weights.parameter_groups()
+        assert sum(p.numel() for p in group["params"]) == count
+        assert (len(group["params"]) == 1) == folds_them
+        found.append(after_steps(weights, tmp_path))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
 
 
-def refuse(*_: Any) -> Tensor:
-    raise AssertionError("a small layer was not folded ahead")
+def test_folded_layers_are_loaded(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    saved = LoraWeights(*tuned(tiny_models()), (0.1, 0.1), MADE_FROM)
+    saved.save(tmp_path)
+    torch.manual_seed(0)
+    unet, encoder = tuned(tiny_models())
+    randomised([p for model in (unet, encoder) for p in model.parameters() if p.requires_grad])
+    loaded = LoraWeights(unet, encoder, (0.1, 0.1), MADE_FROM).fold()
+    loaded.load(tmp_path)
+    inputs = torch.randn(2, 4, 16, 16), torch.tensor([5, 700]), torch.randn(2, 7, tiny.TEXT_WIDTH)
+    ids = torch.tensor([[512, 5, 6, 513]])
+    for theirs, ours, given in (
+        (saved.unet, unet, inputs),
+        (saved.text_encoder, encoder, (ids,)),
+    ):
+        torch.testing.assert_close(ours(*given)[0], theirs(*given)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(("dropout", "base"), [(0.5, torch.float32), (0.0, torch.bfloat16)])
-def test_not_everything_is_folded_ahead(dropout: float, base: torch.dtype) -> None:
+def test_not_everything_is_folded(dropout: float, base: torch.dtype) -> None:
     unet = tiny.make_unet(size="tiny").to(base)
     inject(unet, 2, 3.0, dropout, UNET_TARGETS)
+    weights = LoraWeights(unet, None, (0.1, 0.1), MADE_FROM)
     before = [layer.forward for layer in injected(unet)]
-    fold_small(unet)
+    groups = weights.parameter_groups()
+    assert weights.fold().parameter_groups() == groups
     assert [layer.forward for layer in injected(unet)] == before
-
-
-def test_what_is_folded_ahead_is_not_in_mixed_precision() -> None:
-    answers = []
-    for ahead in (False, True):
-        unet = tuned(tiny_models(), text=False)[0]
-        if ahead:
-            fold_small(unet)
-        with torch.autocast("cpu", torch.bfloat16):
-            answers.append(answers_of(unet))
-    assert all(torch.equal(a, b) for a, b in zip(*answers, strict=True))
 
 
 @pytest.mark.parametrize("base", [torch.float32, torch.bfloat16])

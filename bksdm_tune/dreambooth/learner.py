@@ -106,12 +106,11 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     untuned = make_untuned(jobs, unet, embeds)
     alone = make_trainable(job, unet, text_encoder)
     trainable: LoraWeights | FullWeights | StackedWeights = alone
-    models = [unet] if text_encoder is None else [unet, text_encoder]
     if len(jobs) > 1:
+        models = [unet] if text_encoder is None else [unet, text_encoder]
         trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
-    else:
-        for model in models:
-            adapters.fold_small(model)
+    elif isinstance(alone, LoraWeights) and can_fold(job):
+        trainable = alone.fold()
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)
@@ -138,6 +137,11 @@ def has_twin(job: Job, unet: Any, text_encoder: Any | None) -> bool:
     models = [unet] if text_encoder is None else [unet, text_encoder]
     weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
     return choose(training.precision, job.device) == "no" and pays(job.device, weights, rows)
+
+
+def can_fold(job: Job) -> bool:
+    training = job.config.training
+    return training.optimiser == "adamw" and choose(training.precision, job.device) == "no"
 
 
 def moments(job: Job, others: ClassPictures) -> Moments:

@@ -1,7 +1,7 @@
 """What each lever of the DreamBooth step is worth: the step with all of them, and without one.
 
 ``as it is``            the default LoRA step of the backbone
-``layer by layer``      each LoRA layer folds for itself, not all of one shape at once
+``layer by layer``      each LoRA layer folds for itself, and has parameters of its own
 ``PEFT's forward``      LoRA layers as PEFT runs them
 ``side paths``          our forward, nothing folded
 ``eps_0 one by one``    no micro-batches ahead
@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 
 from bksdm_tune import adapted, adapters
+from bksdm_tune.adapted import Folded
 from bksdm_tune.adapters import injected
 from bksdm_tune.dreambooth.config import PriorPreservation
 from bksdm_tune.memory import keep_freed_pages
@@ -65,8 +66,12 @@ def change(stepper: Stepper, **parts: Any) -> None:
     stepper.learner = replace(learner, batches=replace(learner.batches, **parts))
 
 
-def unchanged(_: Any) -> None:
+def unchanged(_: Stepper) -> None:
     pass
+
+
+def nothing_folded(model: Any) -> Folded:
+    return Folded(model, [], adapters.ADAPTER_NAME)
 
 
 def measure(options: Any) -> None:
@@ -80,8 +85,8 @@ def measure(options: Any) -> None:
     changes |= {"one process": one_process}
     steppers = {}
     for name, change_ in changes.items():
-        ahead = name not in ("layer by layer", "PEFT's forward", "side paths")
-        with nothing() if ahead else mock.patch.object(adapters, "fold_small", unchanged):
+        folded = name not in ("layer by layer", "PEFT's forward", "side paths")
+        with nothing() if folded else mock.patch.object(adapters, "fold_small", nothing_folded):
             steppers[name] = Stepper(options.backbone, 1, lora)
         change_(steppers[name])
     steppers["no prior"] = Stepper(options.backbone, 1, lora, PriorPreservation("none"))
