@@ -21,8 +21,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import nn
 
-from bksdm_tune.adapted import Folded, lean_forward
+from bksdm_tune.adapted import lean_forward
 from bksdm_tune.errors import DataError, UsageError
+from bksdm_tune.folded import Folded
 from bksdm_tune.precision import at_least_single
 from bksdm_tune.provenance import Provenance
 from bksdm_tune.weights import LEVEL

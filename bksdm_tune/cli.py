@@ -152,7 +152,7 @@ def leave(codes: list[int]) -> None:
     a second."""
     if codes:
         for stream in (sys.stdout, sys.stderr):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(Exception):  # closed, or not there
                 stream.flush()
         os._exit(codes[0])
 

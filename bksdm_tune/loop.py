@@ -223,7 +223,7 @@ def fit(
 
     Raises:
         DataError: a loss or gradient is not finite (fp16's scaler skips the latter's step); the
-            last checkpoint stays; or that checkpoint has other parameters.
+            last checkpoint stays.
         KeyboardInterrupt: Ctrl-C or SIGTERM; the state of the current step was saved first.
     """
     keep_freed_pages()
@@ -239,15 +239,8 @@ def fit(
         step, path = found[-1]
         trainable.load(path)
         state = load_tree(path / STATE_FILE)
-        try:
-            for name, part in stateful.items():
-                part.load_state_dict(state[name])
-        except ValueError:
-            raise DataError(
-                f"{path} was written on another device or by another version of bksdm-tune, which "
-                "laid its parameters out differently. Continue there, or start again in another "
-                "folder."
-            ) from None
+        for name, part in stateful.items():
+            part.load_state_dict(state[name])
         align_state(optimiser)
 
     assert step <= settings.steps, f"{folder} is past step {settings.steps}"

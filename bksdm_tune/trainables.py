@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from bksdm_tune import adapters
-from bksdm_tune.adapted import Folded
+from bksdm_tune.folded import Folded, store_apart
 from bksdm_tune.provenance import Provenance
 from bksdm_tune.resolve import ADAPTER
 from bksdm_tune.weights import fill, save_part
@@ -49,6 +49,11 @@ class LoraWeights:
         for group, folded in zip(groups, self.folded, strict=False):
             group["params"] += folded.parameters()
         return groups
+
+    def store_apart(self, optimiser: torch.optim.Optimizer) -> None:
+        """Checkpoints of this optimiser are to be those of layers that are not folded."""
+        if self.folded:
+            store_apart(optimiser, self.folded)
 
     def save(self, folder: Path) -> None:
         self._show()

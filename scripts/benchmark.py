@@ -10,7 +10,13 @@
 
 Sides take turns; figures are medians over the turns.  Checkouts of huggingface/diffusers and of
 Nota-NetsPresso/BK-SDM are the reader's own.  ``SUBCOMMAND --help`` says what exactly is compared.
-On a machine with a GPU, ``--full-size bk-base`` takes the published shapes with random weights.
+
+For a GPU ``dreambooth``, ``stack`` and ``distill`` take published shapes with random weights, and
+with ``--dry-run`` only say what they would run (photos of ``stack``: $BKSDM_DATA, or fetched):
+
+    python scripts/benchmark.py dreambooth --full-size bk-base --end-to-end --steps 800 ...
+    python scripts/benchmark.py stack      --full-size bk-base --sizes 1 30 --out FILE.json
+    python scripts/benchmark.py distill    --full-size sd-v1 --batch-size 64 ...
 """
 
 from __future__ import annotations

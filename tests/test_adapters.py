@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 from dataclasses import replace
@@ -15,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load, save, save_file
 from torch import Tensor, nn
 
+import bksdm_tune.adapted as adapted_module
 import tiny
 from bksdm_tune.adapted import adapted, folds, lean_forward
 from bksdm_tune.adapters import (
@@ -240,37 +242,77 @@ def test_nothing_is_folded_where_the_sum_would_be_rounded() -> None:
     assert not folds(layer.base_layer, down.expand(99, -1, -1), rows)
 
 
-def after_steps(weights: LoraWeights, folder: Path) -> tuple[Tensor, dict[str, Tensor]]:
-    """A prediction after two steps of AdamW with clipped gradients, and the file then."""
-    (group,) = weights.parameter_groups()
-    optimiser = torch.optim.AdamW([group | {"lr": 0.1}])
+def after(weights: LoraWeights, optimiser: torch.optim.Optimizer, steps: int) -> Tensor:
+    """A prediction after so many steps with clipped gradients."""
     torch.manual_seed(3)
     inputs = torch.randn(2, 4, 16, 16).double(), torch.tensor([5, 700])
     text = torch.randn(2, 7, tiny.TEXT_WIDTH).double()
-    for _ in range(2):
+    for _ in range(steps):
         weights.unet(*inputs, text).sample.square().mean().backward()
-        torch.nn.utils.clip_grad_norm_(group["params"], 1e-3)
+        parameters = [p for group in optimiser.param_groups for p in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, 1e-3)
         optimiser.step()
         optimiser.zero_grad()
-    weights.save(folder)
-    return weights.unet(*inputs, text).sample.detach(), read_adapter(folder / ADAPTER)[0]
+    return weights.unet(*inputs, text).sample.detach()
+
+
+def learning(folds_them: bool) -> tuple[LoraWeights, torch.optim.Optimizer]:
+    unet = tuned(tiny_models("base"), text=False)[0].double().train()
+    weights = LoraWeights(unet, None, (0.1, 0.1), MADE_FROM)
+    count = sum(p.numel() for p in weights.parameter_groups()[0]["params"])
+    if folds_them:
+        weights = weights.fold()
+    (group,) = weights.parameter_groups()
+    assert sum(p.numel() for p in group["params"]) == count
+    optimiser = torch.optim.AdamW([group])
+    weights.store_apart(optimiser)
+    return weights, optimiser
+
+
+@pytest.fixture(params=[adapted_module.FOLD_UP_TO, 2], ids=["all small", "some small"])
+def fold_up_to(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(adapted_module, "FOLD_UP_TO", request.param)
+    return int(request.param)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_folded_layers_train_as_alone(tmp_path: Path, checkpointing: bool) -> None:
-    found = []
+def test_folded_layers_train_as_alone(tmp_path: Path, checkpointing: bool, fold_up_to: int) -> None:
+    found, tensors = [], []
     for folds_them in (False, True):
-        unet = tuned(tiny_models("base"), text=False)[0].double().train()
+        weights, optimiser = learning(folds_them)
+        tensors.append(len(optimiser.param_groups[0]["params"]))
         if checkpointing:
-            unet.enable_gradient_checkpointing()
-        alone = LoraWeights(unet, None, (0.1, 0.1), MADE_FROM)
-        count = sum(p.numel() for p in alone.parameter_groups()[0]["params"])
-        weights = alone.fold() if folds_them else alone
-        (group,) = weights.parameter_groups()
-        assert sum(p.numel() for p in group["params"]) == count
-        assert (len(group["params"]) == 1) == folds_them
-        found.append(after_steps(weights, tmp_path))
+            weights.unet.enable_gradient_checkpointing()
+        answer = after(weights, optimiser, 2)
+        weights.save(tmp_path)
+        found.append((answer, read_adapter(tmp_path / ADAPTER)[0]))
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert tensors[1] == 1 if fold_up_to > 2 else 1 < tensors[1] < tensors[0]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_run_goes_on_whether_layers_are_folded_or_not(
+    tmp_path: Path, before: bool, fold_up_to: int
+) -> None:
+    whole = after(*learning(not before), 3)
+    weights, optimiser = learning(before)
+    after(weights, optimiser, 2)
+    weights.save(tmp_path)
+    state = copy.deepcopy(optimiser.state_dict())
+    later, other = learning(not before)
+    later.load(tmp_path)
+    other.load_state_dict(state)
+    torch.testing.assert_close(after(later, other, 1), whole, rtol=1e-9, atol=1e-12)
+    again = learning(before)[1]
+    again.load_state_dict(state)
+    assert_equal(again.state_dict(), state)
+
+
+def assert_equal(a: dict[str, Any], b: dict[str, Any]) -> None:
+    assert a["param_groups"] == b["param_groups"] and a["state"].keys() == b["state"].keys()
+    for number, own in a["state"].items():
+        assert own.keys() == b["state"][number].keys()
+        assert all(torch.equal(value, b["state"][number][key]) for key, value in own.items())
 
 
 def test_folded_layers_are_loaded(tmp_path: Path) -> None:

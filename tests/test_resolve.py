@@ -210,6 +210,18 @@ def test_a_broken_config_is_bad_data(pipeline: Path) -> None:
         resolve(str(pipeline))
 
 
+def test_weights_are_read_once(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Path] = []
+
+    def sha256(path: Path) -> str:
+        read.append(path)
+        return path.name
+
+    monkeypatch.setattr(resolve_module, "sha256_file", sha256)
+    assert hash_weights(pipeline / "unet") == hash_weights(pipeline / "unet")
+    assert len(read) == len(set(read)) > 1
+
+
 def test_hash_follows_weights_and_config_alone(pipeline: Path) -> None:
     unet = pipeline / "unet"
     before = hash_weights(unet)

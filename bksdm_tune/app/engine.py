@@ -6,6 +6,7 @@ One request draws at a time; the web server's queue decides whose.
 from __future__ import annotations
 
 import contextlib
+import gc
 import itertools
 import json
 import threading
@@ -180,6 +181,7 @@ class Engine:
         try:
             self.pipes.clear()
             self.worn.clear()
+            gc.collect()
             torch.cuda.empty_cache()
         finally:
             self.lock.release()

@@ -31,7 +31,7 @@ from bksdm_tune.pipeline_folder import scaling_factor
 from bksdm_tune.precision import autocast, choose, frozen_dtype
 from bksdm_tune.stacked import Stack, StackedWeights
 from bksdm_tune.trainables import FullWeights, LoraWeights
-from bksdm_tune.twin import Twin, pays
+from bksdm_tune.twin import SMALL, Twin, pays
 from subjects.photos import open_photo
 
 
@@ -106,15 +106,15 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     untuned = make_untuned(jobs, unet, embeds)
     alone = make_trainable(job, unet, text_encoder)
     trainable: LoraWeights | FullWeights | StackedWeights = alone
+    models = [unet] if text_encoder is None else [unet, text_encoder]
     if len(jobs) > 1:
-        models = [unet] if text_encoder is None else [unet, text_encoder]
         trainable = StackedWeights(Stack(models, len(jobs)), alone.learning_rates)
-    elif isinstance(alone, LoraWeights) and can_fold(job):
+    elif isinstance(alone, LoraWeights) and can_fold(job, models):
         trainable = alone.fold()
     enable_memory_savers(job, unet, text_encoder)
     scheduler = training_scheduler(dict(load_part(job.parts, "scheduler").config))
     noising = Noising(scheduler, config.training.offset_noise)
-    of = 2 if has_twin(job, unet, text_encoder) else 1
+    of = 2 if has_twin(job, models) else 1
     batches = make_batches(job, data, noising, untuned, of)
     objective = DreamBooth(
         unet=unet,
@@ -130,18 +130,25 @@ def build(jobs: list[Job], class_pictures: list[ClassPictures], prompts: list[st
     return Learner(unet, text_encoder, objective, batches, trainable, embeds, twin)
 
 
-def has_twin(job: Job, unet: Any, text_encoder: Any | None) -> bool:
+def has_twin(job: Job, models: list[Any]) -> bool:
     """Each of two processes would run the whole text encoder, where it trains."""
     training = job.config.training
     rows = (training.batch_size or 1) * (1 if job.config.prior.prior == "none" else 2)
-    models = [unet] if text_encoder is None else [unet, text_encoder]
-    weights = sum(p.numel() * p.element_size() for model in models for p in model.parameters())
-    return choose(training.precision, job.device) == "no" and pays(job.device, weights, rows)
+    single = choose(training.precision, job.device) == "no"
+    return single and pays(job.device, weight_bytes(models), rows)
 
 
-def can_fold(job: Job) -> bool:
+def can_fold(job: Job, models: list[Any]) -> bool:
+    """Where single operations are so short that their number counts; an average of the weights
+    would be of another tensor."""
     training = job.config.training
-    return training.optimiser == "adamw" and choose(training.precision, job.device) == "no"
+    plain = training.optimiser == "adamw" and not training.ema
+    single = choose(training.precision, job.device) == "no"
+    return plain and single and job.device == "cpu" and weight_bytes(models) <= SMALL
+
+
+def weight_bytes(models: list[Any]) -> int:
+    return sum(p.numel() * p.element_size() for model in models for p in model.parameters())
 
 
 def moments(job: Job, others: ClassPictures) -> Moments:

@@ -24,7 +24,7 @@ from bksdm_tune.pipeline_folder import copy_other_parts
 from bksdm_tune.precision import choose
 from bksdm_tune.resolve import unet_config
 from bksdm_tune.runs import claim, look, seconds_before
-from bksdm_tune.trainables import FullWeights
+from bksdm_tune.trainables import FullWeights, LoraWeights
 from bksdm_tune.trial import finish_queued, step_seconds
 
 
@@ -65,6 +65,8 @@ def optimise(job: Job, learner: Learner) -> None:
     training, output, steps = job.config.training, job.config.output, job.config.training.steps
     assert steps and output.checkpoint_every
     optimiser, schedule, ema = make_all(training, learner.trainable.parameter_groups())
+    if isinstance(learner.trainable, LoraWeights):
+        learner.trainable.store_apart(optimiser)
     selection = Selection(job, learner, ema) if output.score_every else None
 
     def preview(step: int) -> None:

@@ -21,6 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bksdm_tune.artifacts import versions
 from bksdm_tune.precision import choose
+from bksdm_tune.resolve import Parts, resolve
+from scripts.full_size import SHAPES, write_pipeline
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CHILD = Path(__file__).with_name("child.py")
@@ -29,6 +31,24 @@ Facts = dict[str, Any]
 
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def add_model(parser: argparse.ArgumentParser, flag: str, default: str) -> None:
+    """Which model is measured, and whether only a dry run is asked for."""
+    parser.add_argument(flag, dest="model", default=default, help="registry name or folder")
+    parser.add_argument(
+        "--full-size", choices=SHAPES, help=f"in place of {flag}, published shapes, random weights"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+
+
+def model(options: argparse.Namespace, scratch: Path) -> Parts:
+    """The model that is asked for; a full-size one is made in ``scratch``."""
+    if not options.full_size:
+        return resolve(options.model)
+    folder = scratch / options.full_size
+    write_pipeline(folder, **SHAPES[options.full_size])
+    return resolve(str(folder))
 
 
 def wall(words: list[str], folder: Path, cache: Path | None = None) -> float:
@@ -63,6 +83,7 @@ def in_turns(sides: Mapping[str, Callable[[], Facts]], repeats: int) -> dict[str
     for number in range(repeats):
         for name, measure in sides.items():
             found[name].append(measure())
+            torch.cuda.empty_cache()  # what this process measured for itself, for the children
             print(f"turn {number + 1}, {name}: {found[name][-1]}", file=sys.stderr, flush=True)
     return found
 

@@ -7,6 +7,9 @@ optimiser step to the last one of the same process; ``seconds`` is the whole pro
 saving included; no side draws pictures.  ``unet_alone`` is the limit at equal arithmetic: forward
 and backward of the U-Net with that LoRA as ours runs it, on one batch in memory, nothing else.
 
+With ``--end-to-end`` each side sees to its prior itself, in its own seconds: ours by prior
+prediction, the others by class images.
+
 What differs, because it is what is compared: the others encode photos (VAE) and captions (text
 encoder) anew in every step, ours once; ``diffusers, captions once`` is their script with the flag
 that spares the second.  The reference starts a loader process and a thread that watches the memory
@@ -27,21 +30,21 @@ from typing import Any
 
 import torch
 
-from bksdm_tune.adapters import inject
+from bksdm_tune.adapters import fold_small, inject
 from bksdm_tune.pipeline import load_part
 from bksdm_tune.pipeline_folder import native_resolution
 from bksdm_tune.precision import autocast, choose, frozen_dtype
-from bksdm_tune.resolve import Parts, resolve
 from scripts.benchmarks.common import (
     Facts,
+    add_model,
     child,
     device,
     in_turns,
     median_seconds,
+    model,
     report_steps,
 )
 from scripts.benchmarks.reference import runnable
-from scripts.full_size import SHAPES, write_pipeline
 from subjects.photos import read_photos
 
 RANK = 4
@@ -56,22 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--photos", type=Path, required=True)
     parser.add_argument("--class-noun", default="dog")
     parser.add_argument("--method", choices=("lora", "full"), default="lora")
-    parser.add_argument("--backbone", default="pocket-base", help="registry name or folder")
-    parser.add_argument(
-        "--full-size", choices=SHAPES, help="in place of --backbone, random weights"
-    )
+    add_model(parser, "--backbone", "pocket-base")
     parser.add_argument("--class-images", type=int, default=200)
     parser.add_argument("--steps", type=int, default=144)
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be run")
+    parser.add_argument(
+        "--end-to-end",
+        action="store_true",
+        help="ours with prior prediction, the others with class images that they draw themselves",
+    )
 
 
 def ours(options: Any, place: Place) -> list[str]:
     lora = ["--lora", "--rank", str(RANK), "--alpha", str(RANK), "--targets", *TARGETS]
+    images = ["--prior", "images", "--class-images", str(options.class_images)]
     return [
         "-m", "bksdm_tune", "dreambooth", "--photos", str(place.photos),
         "--class-noun", options.class_noun, "--backbone", str(place.backbone.root),
         *(lora if options.method == "lora" else []), "--train-text-encoder", "false",
-        "--prior", "images", "--prior-weight", "1", "--class-images", str(options.class_images),
+        *(["--prior", "prediction"] if options.end_to_end else images), "--prior-weight", "1",
         "--batch-size", "1", "--steps", str(options.steps), "--lr-scheduler", "constant",
         "--learning-rate", RATES[options.method], "--resolution", str(place.resolution),
         "--precision", place.precision, "--preview-prompts", "--checkpoint-every", "1000000",
@@ -129,18 +134,16 @@ class Place:
 
     def __init__(self, options: Any, scratch: Path) -> None:
         self.scratch, self.cache = scratch, scratch / "cache"
+        self.own_prior = options.end_to_end
         self.photos = clean_copy(options.photos, scratch / "photos")
         self.class_images = scratch / "class-images"
         self.precision = choose("auto", device())
-        folder = options.backbone
-        if options.full_size:
-            folder = str(scratch / options.full_size)
-            write_pipeline(Path(folder), **SHAPES[options.full_size])
-        self.backbone: Parts = resolve(folder)
+        self.backbone = model(options, scratch)
         self.resolution = native_resolution(self.backbone)
 
     def run(self, words: list[str]) -> Facts:
-        for name in ("ours", "diffusers", "reference", "cache/latents"):
+        made = ["class-images"] if self.own_prior else []
+        for name in ("ours", "diffusers", "reference", "cache/latents", *made):
             shutil.rmtree(self.scratch / name, ignore_errors=True)
         return child(words, self.scratch, self.cache)
 
@@ -165,8 +168,11 @@ class Alone:
         dtype = frozen_dtype(self.precision, device()) if lora else torch.float32
         unet = load_part(place.backbone, "unet", dtype).train()
         self.unet = unet.to(device(), memory_format=torch.channels_last)
+        self.folded: list[Any] = []
         if lora:
             inject(self.unet, RANK, RANK, 0.0, TARGETS)
+            if device() == "cpu":
+                self.folded = fold_small(self.unet).parameters()
         config, tokens = self.unet.config, load_part(place.backbone, "tokenizer").model_max_length
         side = config["sample_size"]
         shape = (2, config["in_channels"], side, side)
@@ -182,6 +188,8 @@ class Alone:
             loss = self.unet(*self.inputs).sample.float().square().mean()
         loss.backward()
         self.unet.zero_grad(set_to_none=True)
+        for parameter in self.folded:
+            parameter.grad = None
 
 
 SIDES = {
@@ -200,7 +208,8 @@ def measure(options: Any) -> None:
         if options.dry_run:
             print(json.dumps(commands, indent=1))
             return
-        draw_class_images(options, place)
+        if not options.end_to_end:
+            draw_class_images(options, place)
         alone = Alone(options, place)
         sides: dict[str, Callable[[], Facts]] = {
             name: functools.partial(place.run, words) for name, words in commands.items()

@@ -26,9 +26,9 @@ from unittest import mock
 import torch
 
 from bksdm_tune import adapted, adapters
-from bksdm_tune.adapted import Folded
 from bksdm_tune.adapters import injected
 from bksdm_tune.dreambooth.config import PriorPreservation
+from bksdm_tune.folded import Folded
 from bksdm_tune.memory import keep_freed_pages
 from scripts.benchmarks.common import report
 from scripts.benchmarks.stack import Stepper

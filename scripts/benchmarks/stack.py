@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import statistics
+import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +27,12 @@ from bksdm_tune.loop import differentiate
 from bksdm_tune.memory import keep_freed_pages
 from bksdm_tune.optim import make_all
 from bksdm_tune.stacked import clip_each
-from scripts.benchmarks.common import report
+from scripts.benchmarks.common import add_model, model, report
 from subjects.catalogue import SUBJECTS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--backbone", default="pocket-base")
+    add_model(parser, "--backbone", "pocket-base")
     parser.add_argument("--sizes", type=int, nargs="+", default=[1, 5, 10, 30])
     parser.add_argument("--steps", type=int, default=32)
     parser.add_argument(
@@ -94,9 +97,9 @@ class Stepper:
         return time.perf_counter() - started
 
 
-def seconds_a_step(options: Any) -> dict[int, float]:
+def seconds_a_step(options: Any, backbone: str) -> dict[int, float]:
     """Size -> seconds, the median over the turns of a turn's mean."""
-    steppers = {size: Stepper(options.backbone, size) for size in options.sizes}
+    steppers = {size: Stepper(backbone, size) for size in options.sizes}
     seconds: dict[int, list[float]] = {size: [] for size in options.sizes}
     for _ in range(options.repeats):
         for size, stepper in steppers.items():
@@ -107,9 +110,17 @@ def seconds_a_step(options: Any) -> dict[int, float]:
 def measure(options: Any) -> None:
     if not options.give_back:
         keep_freed_pages()
-    total = jobs(options.backbone, 1)[0].config.training.steps
+    with tempfile.TemporaryDirectory() as folder:
+        made = model(options, Path(folder))
+        backbone = str(made.root) if options.full_size else options.model
+        training = jobs(backbone, 1)[0].config.training
+        if options.dry_run:
+            recipe = {"sizes": options.sizes, "turns": options.repeats} | asdict(training)
+            print(json.dumps(recipe, indent=1, default=str))
+            return
+        middle = seconds_a_step(options, backbone)
+    total = training.steps
     assert total is not None
-    middle = seconds_a_step(options)
     smallest = min(middle)
     first = middle[smallest] / smallest
     report(
