@@ -71,6 +71,13 @@ def test_counts_grow_with_the_rows_and_shrink_under_checkpointing() -> None:
     assert four.bytes(True) < four.bytes(False) / 2
 
 
+def test_a_heap_takes_more_than_is_kept(backbone: Path, tmp_path: Path) -> None:
+    job = job_of(backbone, tmp_path / "run", precision="no")
+    here, there = saving.need(job), saving.need(replace(job, device="cuda"))
+    more = (saving.HEAP - 1) * here.kept.bytes(False)
+    assert here.bytes(False, "adamw") - there.bytes(False, "adamw") == pytest.approx(more) != 0
+
+
 def test_what_fits_is_left_as_it_is(backbone: Path, tmp_path: Path, free: Any) -> None:
     job = job_of(backbone, tmp_path / "run")
     free(1e12)

@@ -34,6 +34,10 @@ USABLE = 0.9
 WORKSPACE = 0.7e9
 """Bytes of the libraries, their kernels' scratch space and a CUDA context."""
 
+HEAP = 1.5
+"""What the heap of a CPU takes over what is kept in it: gaps, and what passes
+(scripts/memory_estimate.py)."""
+
 NEGLIGIBLE = 1 / 200
 """A U-Net whose weights are this share of what is free needs no count."""
 
@@ -50,6 +54,8 @@ class Need:
     """Bytes of the text encoder, where it trains."""
     half: bool
     """Mixed precision."""
+    heap: float
+    """Bytes taken to a byte that is kept."""
     full: bool
     copied: bool
     """eps_0 is a frozen copy."""
@@ -65,7 +71,7 @@ class Need:
         moments = {"adamw8bit": 2, "adafactor": 0.1}.get(optimiser, 8)
         own = self.trained * (4 * (not self.full) + 4 + moments + 4 * self.ema)
         kept = max(self.kept.bytes(checkpointing), self.kept.largest * self.ahead)
-        kept *= 1.3 if self.half else 1  # norms stay in float32
+        kept *= self.heap * (1.3 if self.half else 1)  # norms stay in float32
         return frozen + own + self.text + kept + WORKSPACE
 
 
@@ -94,6 +100,7 @@ def need(job: Job) -> Need:
         trained,
         text=encoder if training.train_text_encoder else 0,
         half=half,
+        heap=HEAP if job.device == "cpu" else 1,
         full=full,
         copied=full and config.prior.prior == "prediction",
         ema=training.ema is not None,
