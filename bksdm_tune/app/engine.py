@@ -181,7 +181,7 @@ class Engine:
         try:
             self.pipes.clear()
             self.worn.clear()
-            gc.collect()
+            gc.collect()  # which otherwise looks seldom (cli.YOUNG)
             torch.cuda.empty_cache()
         finally:
             self.lock.release()
