@@ -10,43 +10,21 @@ file whose weights lie in memory once more, in another layout, which resident me
 
 from __future__ import annotations
 
-import itertools
 import json
 import sys
-from typing import Any
 
-import psutil
 import torch
 
 from bksdm_tune.config import parse
 from bksdm_tune.device import best_device
 from bksdm_tune.dreambooth.config import Config
 from bksdm_tune.dreambooth.job import prepare
-from bksdm_tune.dreambooth.learner import Learner
 from bksdm_tune.dreambooth.saving import need
 from bksdm_tune.dreambooth.train import load
 from bksdm_tune.memory import keep_freed_pages, peak_memory_gb
 from bksdm_tune.optim import make_all
-
-
-def held() -> float:
-    """GB of this process: written, and read from files."""
-    return psutil.Process().memory_info().rss / 1e9
-
-
-def two_steps(job: Any, learner: Learner) -> float:
-    """The most that is held after a forward, backward or optimiser step; freed memory stays."""
-    seen = []
-    optimiser, _, _ = make_all(job.config.training, learner.trainable.parameter_groups())
-    for batch in itertools.islice(learner.batches(0), 2):
-        loss = learner.objective(batch)["loss"]
-        seen.append(held())
-        loss.backward()
-        seen.append(held())
-        optimiser.step()
-        seen.append(held())
-        optimiser.zero_grad()
-    return max(seen)
+from bksdm_tune.precision import choose
+from bksdm_tune.trial import step_seconds
 
 
 def in_another_layout(unet: torch.nn.Module) -> float:
@@ -58,16 +36,19 @@ def in_another_layout(unet: torch.nn.Module) -> float:
 def main() -> None:
     job = prepare(parse(Config, sys.argv[1:], "scripts/memory_estimate.py"), best_device())
     keep_freed_pages()
-    training, before = job.config.training, held()
+    training, before = job.config.training, peak_memory_gb("cpu")
     counted = need(job).bytes(bool(training.gradient_checkpointing), training.optimiser) / 1e9
     learner = load([job])
-    most, twice = two_steps(job, learner), in_another_layout(learner.unet)
+    optimiser, _, ema = make_all(training, learner.trainable.parameter_groups())
+    batch, precision = next(learner.batches(0)), choose(training.precision, job.device)
+    step_seconds(learner.objective, batch, optimiser, ema, precision, job.device)
+    peak, twice = peak_memory_gb("cpu"), in_another_layout(learner.unet)
     facts = {
         "counted": counted,
-        "taken": most - before - twice,
+        "taken": peak - before - twice,
         "before": before,
         "in_another_layout": twice,
-        "resident_peak": peak_memory_gb("cpu"),
+        "resident_peak": peak,
     }
     print(json.dumps({name: round(value, 2) for name, value in facts.items()}, indent=1))
 
